@@ -1,0 +1,130 @@
+"""From numbers to claims: what each latent is credited with, the verdict in a sentence, and what must not be concluded.
+
+The ladder, lowest first; part of a verdict only if everything below it holds as well:
+
+    not_confirmed   no evidence on the confirm half
+    associated      Holm-adjusted permutation p on the confirm half at or below alpha
+    detects         the interval's lower end is above `detects_above`, the AUROC above what the same search reaches on
+                    shuffled labels, and words alone do not explain it
+"""
+
+from collections.abc import Sequence
+
+from pipelines.audit.concepts import Concept, Example, shared_ngrams
+from pipelines.audit.result import Baseline, Candidate, Claim, Level, Verdict
+
+RANK: dict[Claim, int] = {"not_confirmed": 0, "associated": 1, "detects": 2}
+
+
+def claim_of(candidate: Candidate, *, null_upper: float, confounded: bool, alpha: float, detects_above: float) -> Claim:
+    """The highest rung that a candidate reaches."""
+    if candidate.p_holm > alpha:
+        return "not_confirmed"
+    strong = candidate.low > detects_above and candidate.auroc > null_upper
+    return "detects" if strong and not confounded else "associated"
+
+
+def words_explain(
+    concept: Concept, baselines: Sequence[Baseline], candidates: Sequence[Candidate], alpha: float
+) -> bool:
+    """Whether the audit is CONFOUNDED: words alone surely beat chance and come within 0.02 of what the model offers.
+
+    What the model offers is the best of the dense probes and of the latents that Holm confirms. Never for topics, which
+    are a matter of vocabulary by nature.
+    """
+    offered = [b.auroc for b in baselines if b.name.startswith("dense")]
+    offered += [c.auroc for c in candidates if c.p_holm <= alpha]
+    words = next(b for b in baselines if b.name == "bag_of_words")
+    return concept.topic is None and words.low > 0.5 and words.auroc >= max(offered, default=0.0) - 0.02
+
+
+def verdict_on(concept: Concept, candidates: Sequence[Candidate], *, confounded: bool, smallest: float) -> Verdict:
+    """The answer for one concept: its best latent, or the effect that would have been seen."""
+    about = concept.display.lower() if concept.topic is None else concept.display
+    best = max(candidates, key=lambda c: (RANK[c.claim], c.auroc), default=None)
+    level: Level = "nothing_found"
+    if best is None or best.claim == "not_confirmed":
+        best = None
+        sentence = (
+            f"No latent was confirmed to respond to text about {about}. A latent with a true AUROC of {smallest:.2f} "
+            "or more would have been found with a probability of about 80 %."
+        )
+    elif best.claim == "detects":
+        level = "detects"
+        sentence = f"Latent {best.latent} detects text about {about}, on texts that had no part in choosing it."
+    else:
+        level = "associated"
+        sentence = (
+            f"Latent {best.latent} is associated with text about {about}, on texts that had no part in choosing it; "
+            "that it detects such text is not shown."
+        )
+        if confounded:
+            sentence += " Words alone separate these texts as well as the model does, so no stronger claim is possible."
+    return Verdict(
+        level=level,
+        confounded=confounded,
+        sentence=sentence,
+        latent=best.latent if best else None,
+        auroc=best.auroc if best else None,
+        low=best.low if best else None,
+        high=best.high if best else None,
+        minimum_detectable_auroc=round(smallest, 6),
+    )
+
+
+def limits_of(
+    concept: Concept,
+    examples: Sequence[Example],
+    candidates: Sequence[Candidate],
+    baselines: Sequence[Baseline],
+    *,
+    confounded: bool,
+    unseen: float | None,
+    has_corpus: bool,
+) -> list[str]:
+    """What the reader must not conclude, in plain words, most important first."""
+    out = []
+    if confounded:
+        out.append(
+            "CONFOUNDED: a bag of words separates the confirm texts as well as the model does. No latent can be "
+            "credited with more than association; harder negatives are needed."
+        )
+    if concept.topic is not None:
+        out.append(
+            "A topic is a matter of vocabulary, so words alone are expected to do well; the comparison is shown, not "
+            "judged."
+        )
+    dense = [b for b in baselines if b.name.startswith("dense")]
+    confirmed = [c for c in candidates if c.claim != "not_confirmed"]
+    if dense and confirmed:
+        probe, best = max(dense, key=lambda b: b.auroc), max(confirmed, key=lambda c: (RANK[c.claim], c.auroc))
+        if probe.auroc > best.auroc:
+            out.append(
+                f"The best confirmed latent is {probe.auroc - best.auroc:.2f} AUROC behind a dense probe of the same "
+                f"activations ({best.auroc:.2f} against {probe.auroc:.2f}): as a detector, the probe is the better "
+                "choice."
+            )
+    if unseen:
+        out.append(
+            f"{unseen:.0%} of the held-out positives are seen by none of the confirmed latents at their frozen "
+            "thresholds."
+        )
+    out += [
+        "This is about text that the model reads. It says nothing about what the model does, and no latent was "
+        "switched off: association, not cause.",
+        "Only this kind of text was tested: another register, another language or a longer context may behave "
+        "differently.",
+        "Error is controlled within this concept. Of twenty audited concepts that no latent carries, about one would "
+        "still yield a false confirmation.",
+        "A text counts with a latent's largest activation over its tokens, and only latents that fire more on "
+        "positives are tested.",
+    ]
+    if not has_corpus:
+        out.append("No corpus documents were given, so the precision where the concept is rare is unknown.")
+    repeated = len(shared_ngrams([e.text for e in examples], [e.group for e in examples]))
+    if repeated:
+        out.append(
+            f"{repeated} text(s) share eight consecutive words with a text of another group: near duplicates may sit "
+            "on both halves and flatter every figure."
+        )
+    return out

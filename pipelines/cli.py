@@ -1,0 +1,196 @@
+"""The `sae` command: thin, one function per subcommand. Heavy imports stay inside the functions so that --help is quick."""
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pipelines.errors import PipelineError, RunError, UsageError
+
+if TYPE_CHECKING:
+    from pipelines.run import Run
+
+app = typer.Typer(
+    name="sae",
+    help="From text to audited features: activation stores, sparse autoencoders, tested labels, safety audits.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ConfigArgument = Annotated[
+    str, typer.Argument(metavar="CONFIG", help="A YAML config, the name of a shipped one, or a run directory.")
+]
+OutOption = Annotated[Path | None, typer.Option("--out", help="Run directory; by default runs/NAME.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. --set train.lr=5e-4. Repeatable."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON; progress goes to stderr.")]
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+def told_plainly(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn a user's mistake or a failed stage into one message on stderr and an exit code, without a traceback."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except PipelineError as error:
+            _stop(str(error), error.exit_code)
+        except KeyboardInterrupt:
+            _stop("stopped; the same command continues from the last finished piece of work", 130)
+        except Exception as error:
+            if not _is_storage_error(error):
+                raise
+            from storage.errors import SpecMismatchError
+
+            _stop(str(error), 2 if isinstance(error, SpecMismatchError) else 1)
+
+    return wrapped
+
+
+def _is_storage_error(error: Exception) -> bool:
+    module = sys.modules.get("storage.errors")
+    return module is not None and isinstance(error, module.StorageError)
+
+
+def _stop(message: str, code: int) -> None:
+    print(f"sae: {message}", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+# -- runs ----------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+@told_plainly
+def run(config: ConfigArgument, out: OutOption = None, set_: SetOption = None, as_json: JsonOption = False) -> None:
+    """Run every stage, continuing where an earlier attempt stopped; a finished run does nothing."""
+    from pipelines.run import STAGES
+
+    _execute(config, out, set_, as_json, STAGES)
+
+
+def _stage_command(stage: str, text: str) -> None:
+    @told_plainly
+    def command(config: ConfigArgument, out: OutOption = None, set_: SetOption = None, as_json: JsonOption = False) -> None:
+        _execute(config, out, set_, as_json, (stage,))
+
+    command.__doc__ = text
+    app.command(stage)(command)
+
+
+_stage_command("collect", "Text to activations: fill the activation store.")
+_stage_command("train", "Activations to a dictionary: train the sparse autoencoders.")
+_stage_command("evaluate", "How faithful the dictionary is on held-out documents.")
+_stage_command("label", "Contexts, a label and a held-out test for every latent.")
+_stage_command("export", "Write the dictionary folder that users load.")
+_stage_command("audit", "Which latents carry the configured concepts, and how sure we are.")
+
+
+def _execute(config: str, out: Path | None, overrides: list[str] | None, as_json: bool, stages: tuple[str, ...]) -> None:
+    _quiet_libraries()
+    from rich.console import Console
+
+    from pipelines.progress import ConsoleReporter
+    from pipelines.run import execute
+    from pipelines.summary import print_summary, summary
+
+    opened = _open(config, out, overrides or [])
+    console = Console(stderr=as_json)
+    worked = execute(opened, ConsoleReporter(console), stages)
+    if not worked:
+        what = "run" if len(stages) > 1 else stages[0]
+        console.print(f"nothing to do: {what} is finished in {opened.dir.path}", highlight=False)
+    if as_json:
+        print(json.dumps(summary(opened), indent=2, ensure_ascii=False))
+    elif len(stages) > 1:
+        print_summary(opened, console)
+
+
+def _open(config: str, out: Path | None, overrides: list[str]) -> "Run":
+    """The run behind CONFIG: a config file, a shipped config's name, or a run directory."""
+    from pipelines.config import load_config
+    from pipelines.configfiles import config_path
+    from pipelines.run import open_run
+
+    path = config_path(config)
+    if path.is_dir():
+        if not (path / "config.yaml").exists():
+            raise UsageError(f"{path} is not a run directory: it has no config.yaml")
+        return open_run(load_config(path / "config.yaml", overrides), out or path)
+    loaded = load_config(path, overrides)
+    return open_run(loaded, out or Path("runs") / loaded.name)
+
+
+def _quiet_libraries() -> None:
+    """Libraries talk to developers; this command talks to its user."""
+    import os
+    import warnings
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+
+
+# -- looking -------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+@told_plainly
+def info(path: Annotated[Path, typer.Argument(help="A store, a dictionary or a run directory.")], as_json: JsonOption = False) -> None:
+    """What is this store, dictionary or run? Shapes, provenance, health."""
+    from pipelines.info import describe
+
+    facts = describe(path)
+    if as_json:
+        print(json.dumps(facts, indent=2, ensure_ascii=False))
+        return
+    for key, value in facts.items():
+        print(f"{key:<16} {value if not isinstance(value, dict | list) else json.dumps(value, ensure_ascii=False)}")
+
+
+@app.command()
+@told_plainly
+def verify(store: Annotated[Path, typer.Argument(help="An activation store.")], as_json: JsonOption = False) -> None:
+    """Re-read and re-hash a store; exit 1 and a list of what is bad."""
+    from pipelines.info import store_problems
+
+    problems = store_problems(store)
+    if as_json:
+        print(json.dumps(problems, indent=2))
+    else:
+        for problem in problems:
+            print(f"{problem['file']}: {problem['detail']}")
+        print(f"{store}: {len(problems)} problems" if problems else f"{store}: every file is as it was committed")
+    if problems:
+        raise typer.Exit(1)
+
+
+@app.command()
+@told_plainly
+def init(
+    model: Annotated[str, typer.Option(help="Hugging Face id, folder or .gguf file.")],
+    hook: Annotated[str, typer.Option(help="Module path, such as model.layers.8.")],
+    text: Annotated[str, typer.Option(help="Text file (.txt, .jsonl, .parquet) or Hugging Face dataset id.")] = "texts.txt",
+    path: Annotated[Path, typer.Option("--to", help="Where to write the config.")] = Path("sae.yaml"),
+) -> None:
+    """Write a commented config for a model and hook."""
+    from pipelines.template import commented_config
+
+    if path.exists():
+        raise RunError(f"{path} exists: choose another --to, or remove it")
+    path.write_text(commented_config(model, hook, text), encoding="utf-8")
+    print(f"wrote {path}; read it, then: sae run {path}")

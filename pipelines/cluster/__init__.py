@@ -1,0 +1,1 @@
+"""Starting Ray on this machine or joining a cluster."""

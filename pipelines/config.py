@@ -1,0 +1,367 @@
+"""The run's configuration: one YAML file, every key typed, unknown keys refused with the nearest valid one.
+
+    config = load_config(Path("configs/quickstart.yaml"), overrides=["train.lr=5e-4"])
+
+The defaults below are the ones that a run gets; the resolved copy is saved as `config.yaml` in the run directory.
+"""
+
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from pipelines.errors import UsageError
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """The language model."""
+
+    source: str
+    """Hugging Face id, folder, `.gguf` file, or `package://PACKAGE/FILE.gguf` for a file inside an installed package."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hugging Face id."""
+    sha256: str | None = None
+    """Expected digest of a single-file source; a mismatch stops the run."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Precision of the forward pass and of the stored activations."""
+    device: str = "auto"
+    """`auto` takes a GPU where there is one; else a torch device."""
+    trust_remote_code: bool = False
+    """Run Python code that a Hugging Face repository ships. Off: such a model is refused."""
+
+
+class TextSource(Section):
+    """One weighted source of documents."""
+
+    path: str | None = None
+    """`.txt` (one document a line), `.jsonl`, `.json`, `.parquet`, or `package://PACKAGE/FILE` for a file of an installed package."""
+    dataset: str | None = None
+    """Hugging Face dataset id; needs the extra `hub`."""
+    name: str | None = None
+    """Configuration of the Hugging Face dataset."""
+    split: str = "train"
+    """Split of the Hugging Face dataset."""
+    revision: str | None = None
+    """Revision of the Hugging Face dataset."""
+    sha256: str | None = None
+    """Expected digest of the file."""
+    text_field: str = "text"
+    """Field or column that holds the text."""
+    title_field: str | None = None
+    """Field or column that holds a title; it is not given to the model."""
+    topic_field: str | None = None
+    """Field or column that holds a topic."""
+    topics_path: str | None = None
+    """JSON object from document id to topic, where the topic is not in the file itself."""
+    topics_sha256: str | None = None
+    """Expected digest of `topics_path`."""
+    weight: float = Field(1.0, gt=0)
+    """Share of the tokens, relative to the other sources."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "TextSource":
+        if (self.path is None) == (self.dataset is None):
+            raise ValueError("a text source needs exactly one of `path` and `dataset`")
+        return self
+
+
+class CollectConfig(Section):
+    """Text to stored activations."""
+
+    n_tokens: int = Field(gt=0)
+    """Tokens to store over all sources and both splits."""
+    context_length: int = Field(256, ge=8)
+    """Tokens a context; documents are packed into contexts without padding."""
+    heldout_fraction: float = Field(0.1, gt=0, lt=1)
+    """Share of the documents that training never sees."""
+    isolate_documents: bool = True
+    """Attention and positions restart at each document."""
+    prepend_bos: bool = False
+    """Put the tokenizer's BOS in front of every document."""
+    contexts_per_shard: int = Field(64, gt=0)
+    """Contexts a shard: the unit that is written, committed and, after a crash, redone."""
+    batch_contexts: int = Field(8, gt=0)
+    """Contexts a forward pass; batches never cross a shard."""
+    n_workers: int = Field(2, gt=0)
+    """Ray actors that run the model."""
+    cpus_per_worker: float = Field(1, gt=0)
+    """CPUs an actor, also its number of torch threads."""
+    gpus_per_worker: float = Field(0, ge=0)
+    """GPUs an actor."""
+    store: str | None = None
+    """A shared store outside the run; by default `activations/` in the run directory."""
+    mode: Literal["store"] = "store"
+    """Reserved: streaming through a bounded store comes later."""
+
+
+class SAESpec(Section):
+    """One sparse autoencoder under `saes:`."""
+
+    architecture: Literal["batchtopk", "topk"] = "batchtopk"
+    """Which architecture to train."""
+    hook: str | None = None
+    """Which of `hooks` it reads; by default the first."""
+    d_sae: int | None = Field(None, gt=0)
+    """Number of latents; or give `expansion_factor`."""
+    expansion_factor: float = Field(8.0, gt=0)
+    """d_sae / d_in, used when `d_sae` is not given."""
+    k: int = Field(32, gt=0)
+    """Active latents a token (on average, for batchtopk)."""
+
+
+class TrainConfig(Section):
+    """Optimisation; one set for all SAEs of the run."""
+
+    n_tokens: int = Field(gt=0)
+    """Tokens that each SAE sees; more than the store holds means several epochs."""
+    batch_size: int = Field(4096, gt=0)
+    """Tokens a step, over all workers."""
+    lr: float = Field(1e-3, gt=0)
+    """Peak learning rate of Adam."""
+    warmup_fraction: float = Field(0.05, ge=0, lt=1)
+    """Share of the steps with a linear warm-up."""
+    decay_fraction: float = Field(0.3, ge=0, le=1)
+    """Share of the steps, at the end, with a linear decay to zero."""
+    auxk_alpha: float = Field(1 / 32, ge=0)
+    """Weight of the auxiliary loss that revives dead latents (Gao et al. 2024, section 2.4)."""
+    normalize: Literal["none", "scale"] = "scale"
+    """`scale` multiplies inputs so that their mean squared distance from the mean is d_in; folded into the weights at the end."""
+    num_workers: int = Field(1, gt=0)
+    """Ray Train workers (data-parallel)."""
+    cpus_per_worker: float | None = Field(None, gt=0)
+    """CPUs a worker; by default the machine's, shared evenly."""
+    use_gpu: bool = False
+    """Give each worker a GPU."""
+    checkpoint_every: int = Field(50, gt=0)
+    """Steps between checkpoints."""
+    shuffle_contexts: int = Field(1024, gt=0)
+    """Contexts in the shuffle buffer."""
+
+
+class SinkConfig(Section):
+    """Attention sinks: the first position of every document, and tokens of very large norm."""
+
+    multiple: float = Field(3.0, gt=1)
+    """A token is a sink when its norm exceeds this many medians of the store."""
+    train_on_them: bool = False
+    """Train on sinks too. Headline figures, labels and audits leave them out either way."""
+
+
+class DictionarySource(Section):
+    """An existing dictionary to start from, in place of `train:`."""
+
+    path: str
+    """Folder of a dictionary."""
+    subfolder: str | None = None
+    """Folder inside `path`."""
+    revision: str | None = None
+    """Reserved for Hugging Face repositories."""
+
+
+class EvaluateConfig(Section):
+    """Held-out evaluation."""
+
+    n_ce_tokens: int = Field(8192, gt=0)
+    """Held-out tokens for the spliced forward passes (CE and KL scores); FVU, L0 and dead latents use all held-out tokens."""
+    batch_contexts: int = Field(4, gt=0)
+    """Contexts a forward pass."""
+
+
+class LabelConfig(Section):
+    """Labels and their tests."""
+
+    enabled: bool = True
+    """Off leaves the dictionary without labels."""
+
+
+class AuditConfig(Section):
+    """Which concepts are audited, and how."""
+
+    concepts: tuple[str, ...] = ()
+    """Names of shipped concepts, or paths of concept files."""
+    n_permutations: int = Field(1000, ge=100)
+    """Shuffles of the labels behind the null."""
+    alpha: float = Field(0.05, gt=0, lt=0.5)
+    """Family-wise error rate of the discovered and confirmed lists."""
+    max_candidates: int = Field(10, gt=0)
+    """Latents that go on from discovery to confirmation."""
+    max_tokens: int = Field(256, gt=0)
+    """Longest example, in tokens; longer ones are cut and counted."""
+
+
+class RayConfig(Section):
+    """Where Ray runs. Without an address it is started on this machine, for this run only."""
+
+    address: str | None = None
+    """Address of a running cluster."""
+    num_cpus: int | None = Field(None, gt=0)
+    """CPUs given to a local Ray; by default all."""
+    num_gpus: int | None = Field(None, ge=0)
+    """GPUs given to a local Ray; by default all that torch sees."""
+    object_store_memory_mb: int = Field(160, ge=80)
+    """Object store of a local Ray; activations never pass through it."""
+
+
+class RunConfig(Section):
+    """The whole run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run; its directory is `runs/NAME` unless `--out` says otherwise."""
+    seed: int = 0
+    """Seed of everything random in the run."""
+    model: ModelConfig
+    text: tuple[TextSource, ...] = Field(min_length=1)
+    hooks: tuple[str, ...] = Field(min_length=1)
+    """Module paths, with `:output` (default) or `:input`."""
+    collect: CollectConfig
+    saes: dict[str, SAESpec] = Field(min_length=1)
+    sinks: SinkConfig = SinkConfig()
+    train: TrainConfig | None = None
+    dictionary: DictionarySource | None = None
+    evaluate: EvaluateConfig = EvaluateConfig()
+    label: LabelConfig = LabelConfig()
+    audit: AuditConfig = AuditConfig()
+    ray: RayConfig = RayConfig()
+
+    @field_validator("saes")
+    @classmethod
+    def _sae_names(cls, saes: dict[str, SAESpec]) -> dict[str, SAESpec]:
+        for name in saes:
+            if not name.replace("-", "").replace("_", "").isalnum():
+                raise ValueError(f"the SAE name {name!r} becomes a folder: use letters, digits, '-' and '_' only")
+        return saes
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "RunConfig":
+        if (self.train is None) == (self.dictionary is None):
+            raise ValueError("give exactly one of `train:` and `dictionary:`")
+        if self.dictionary is not None and len(self.saes) != 1:
+            raise ValueError("a run that starts from a dictionary has exactly one entry under `saes:`")
+        if len(set(self.hooks)) != len(self.hooks):
+            raise ValueError(f"`hooks` lists a hook twice: {list(self.hooks)}")
+        for name, sae in self.saes.items():
+            if sae.hook is not None and sae.hook not in self.hooks:
+                raise ValueError(f"saes.{name}.hook is {sae.hook!r}, which is not in `hooks`: {list(self.hooks)}")
+        return self
+
+    def hook_of(self, sae: str) -> str:
+        """The hook that the SAE `sae` reads."""
+        return self.saes[sae].hook or self.hooks[0]
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML config and apply `key.path=value` overrides.
+
+    Raises:
+        UsageError: missing file, bad YAML, unknown key (the message names the nearest valid one) or bad value; all
+            problems at once.
+    """
+    if not path.is_file():
+        raise UsageError(f"config {path} does not exist: give a YAML file (see `sae init --help`) or a run directory")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"config {path} is not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise UsageError(f"config {path} must be a mapping of keys to values, not {type(raw).__name__}")
+    for override in overrides:
+        _apply_override(raw, override)
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        raise UsageError(_explain(error, path)) from error
+
+
+def dump_config(config: RunConfig) -> str:
+    """YAML of the whole config, defaults written out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def differing_keys(a: Any, b: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted names of the keys in which two nested structures differ."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in sorted({*a, *b}):
+            yield from differing_keys(a.get(key), b.get(key), f"{prefix}.{key}" if prefix else str(key))
+    elif a != b:
+        yield prefix
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UsageError(f"--set takes key=value, not {override!r}; for example --set train.lr=5e-4")
+    value = yaml.safe_load(text) if text else None
+    if isinstance(value, str):
+        # YAML 1.1 reads 5e-4 (no dot) as text.
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    parts = key.split(".")
+    node: Any = raw
+    for part in parts[:-1]:
+        if isinstance(node, list):
+            node = node[_index(part, node, override)]
+        else:
+            if not isinstance(node.get(part), dict | list):
+                node[part] = {}
+            node = node[part]
+    if isinstance(node, list):
+        node[_index(parts[-1], node, override)] = value
+    else:
+        node[parts[-1]] = value
+
+
+def _index(part: str, node: list[Any], override: str) -> int:
+    if not part.isdigit() or int(part) >= len(node):
+        raise UsageError(f"--set {override}: {part!r} must be a position in a list of {len(node)}")
+    return int(part)
+
+
+def _explain(error: ValidationError, path: Path) -> str:
+    lines = []
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            valid = sorted(_fields_at(RunConfig, problem["loc"][:-1]))
+            near = difflib.get_close_matches(str(problem["loc"][-1]), valid, n=1, cutoff=0.0)
+            lines.append(f"unknown key `{where}`; the nearest valid key is `{near[0]}`" if near else f"unknown key `{where}`")
+        elif problem["type"] == "missing":
+            lines.append(f"`{where}` is missing")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            lines.append(f"`{where}`: {message} (got {problem['input']!r})" if where else message)
+    return f"config {path}: " + "; ".join(lines)
+
+
+def _fields_at(model: type[BaseModel], loc: Sequence[str | int]) -> set[str]:
+    """Valid keys at a location inside the config, following sections, optional sections, lists and mappings."""
+    current: type[BaseModel] = model
+    for part in loc:
+        if isinstance(part, str) and part in current.model_fields:
+            found = _section_in(current.model_fields[part].annotation)
+            if found is None:
+                return set()
+            current = found
+    return set(current.model_fields)
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in typing.get_args(annotation):
+        found = _section_in(argument)
+        if found is not None:
+            return found
+    return None

@@ -1,0 +1,124 @@
+"""Texts → latent activations, pooled: what audits read.
+
+A text's score for a latent is its largest activation over the text's tokens; attention sinks (the first position, and
+tokens whose norm exceeds a multiple of the training median) do not count, as in training.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipelines.models import LanguageModel
+from pipelines.progress import Bar
+from sae import Dictionary
+from storage import ActivationStore
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """One row a text."""
+
+    max_latents: NDArray[np.float32]
+    """(n_texts, d_sae): largest activation over the counted tokens."""
+    mean_activations: NDArray[np.float32]
+    """(n_texts, d_in): mean of the model's activations over the counted tokens, for dense probes."""
+    n_tokens: NDArray[np.int64]
+    """(n_texts,): counted tokens."""
+    n_cut: int
+    """Texts that were longer than the limit and were cut."""
+
+
+def encode_texts(
+    lm: LanguageModel,
+    dictionary: Dictionary,
+    texts: Sequence[str],
+    *,
+    max_tokens: int,
+    sink_norm: float | None,
+    bar: Bar | None = None,
+    batch_tokens: int = 2048,
+) -> Pooled:
+    """Run texts through the model and the dictionary, alone (no packing), and pool.
+
+    Args:
+        sink_norm: tokens above this norm are sinks; None counts every token but the first.
+    """
+    encoded = [lm.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
+    cut = sum(len(ids) > max_tokens for ids in encoded)
+    encoded = [ids[:max_tokens] for ids in encoded]
+    order = sorted(range(len(texts)), key=lambda i: len(encoded[i]))
+    rows: list[tuple[NDArray[np.float32], NDArray[np.float32], int]] = [(np.empty(0), np.empty(0), 0)] * len(texts)
+    for batch in _batches(order, [len(ids) for ids in encoded], batch_tokens):
+        # Right padding: causal attention keeps it from the real tokens, and the mask keeps it from the pools.
+        width = max(max(len(encoded[i]) for i in batch), 2)
+        tokens = torch.zeros(len(batch), width, dtype=torch.long)
+        real = torch.zeros(len(batch), width, dtype=torch.bool)
+        for j, i in enumerate(batch):
+            tokens[j, : len(encoded[i])] = torch.tensor(encoded[i], dtype=torch.long)
+            real[j, : len(encoded[i])] = True
+        position = torch.arange(width).expand(len(batch), width)
+        x = lm.capture(tokens.to(lm.device), position.to(lm.device), [dictionary.hook_name])[dictionary.hook_name].float().cpu()
+        counted = real & (position > 0)
+        if sink_norm is not None:
+            counted &= x.norm(dim=-1) <= sink_norm
+        for j, i in enumerate(batch):
+            rows[i] = _pool(dictionary, x[j][counted[j]])
+        if bar is not None:
+            bar.advance(len(batch))
+    return _stack(rows, cut)
+
+
+def pool_documents(
+    store: ActivationStore, dictionary: Dictionary, *, split: str, sink_multiple: float, bar: Bar | None = None
+) -> tuple[NDArray[np.int64], Pooled]:
+    """Pool the stored activations by document: rows of the documents that have counted tokens, and their pools."""
+    start, stop = store.spec.split_range(split)
+    best: dict[int, tuple[Tensor, Tensor, int]] = {}
+    for context in range(start, stop):
+        document = torch.from_numpy(store.contexts(context, context + 1).document[0].astype(np.int64))
+        x = store.activations(dictionary.hook_name, context, context + 1)[0].float()
+        keep = ~torch.from_numpy(store.sink_mask(dictionary.hook_name, context, context + 1, sink_multiple)[0])
+        latents = dictionary.encode(x)
+        for row in document[keep].unique().tolist():
+            here = keep & (document == row)
+            top, total, n = latents[here].amax(0), x[here].sum(0), int(here.sum())
+            if row in best:
+                old = best[row]
+                top, total, n = torch.maximum(top, old[0]), total + old[1], n + old[2]
+            best[row] = (top, total, n)
+        if bar is not None:
+            bar.advance(1)
+    documents = np.array(sorted(best), dtype=np.int64)
+    rows = [(best[row][0].numpy(), (best[row][1] / best[row][2]).numpy(), best[row][2]) for row in documents.tolist()]
+    return documents, _stack(rows, 0)
+
+
+def _pool(dictionary: Dictionary, x: Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32], int]:
+    if len(x) == 0:
+        return np.zeros(dictionary.d_sae, np.float32), np.zeros(dictionary.d_in, np.float32), 0
+    return dictionary.encode(x).amax(0).float().numpy(), x.mean(0).numpy(), len(x)
+
+
+def _stack(rows: Sequence[tuple[NDArray[np.float32], NDArray[np.float32], int]], cut: int) -> Pooled:
+    return Pooled(
+        max_latents=np.stack([row[0] for row in rows]).astype(np.float32),
+        mean_activations=np.stack([row[1] for row in rows]).astype(np.float32),
+        n_tokens=np.array([row[2] for row in rows], dtype=np.int64),
+        n_cut=cut,
+    )
+
+
+def _batches(order: Sequence[int], lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Consecutive items whose padded size stays within `batch_tokens`; sorted input wastes little."""
+    batch: list[int] = []
+    for i in order:
+        if batch and lengths[i] * (len(batch) + 1) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch

@@ -1,0 +1,172 @@
+"""evaluate: how faithful a dictionary is on documents that it never saw.
+
+FVU, L0, dead latents and activation frequencies use every held-out token of the store. CE and KL scores run the model
+with the reconstruction spliced in. Headline figures are over tokens that are not attention sinks, and sinks pass through
+the splice unchanged; the figures named `_all` are over all tokens, with every token spliced.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from pipelines.collect import open_store
+from pipelines.config import EvaluateConfig, RunConfig
+from pipelines.models import LanguageModel, resolve_model
+from pipelines.progress import Bar, Reporter
+from pipelines.rundir import RunDir
+from pipelines.train import load_trained
+from sae import Dictionary
+from sae.hooks import replace_activations
+from sae.metrics import FVU, L0, ActivationFrequency
+from storage import ActivationStore
+
+
+def evaluate(config: RunConfig, run: RunDir, ui: Reporter) -> dict[str, dict[str, Any]]:
+    """Run the stage: figures of every SAE of the run, also written to metrics.json."""
+    store = open_store(config, run)
+    lm = LanguageModel(resolve_model(config.model), config.model)
+    start, stop = store.spec.split_range("heldout")
+    total = (stop - start) * store.spec.context_length + config.evaluate.n_ce_tokens
+    figures = {}
+    for name in config.saes:
+        dictionary = load_trained(run, name)
+        with ui.stage("evaluate", total=total, unit="tokens") as bar:
+            multiple = config.sinks.multiple
+            figures[name] = evaluate_reconstruction(store, dictionary, sink_multiple=multiple, bar=bar) | evaluate_splice(
+                lm, store, dictionary, config.evaluate, sink_multiple=multiple, bar=bar
+            )
+        run.update_metrics(name, figures[name])
+    return figures
+
+
+def evaluate_reconstruction(
+    store: ActivationStore, dictionary: Dictionary, *, sink_multiple: float, bar: Bar
+) -> dict[str, Any]:
+    """FVU, L0, dead latents and activation frequencies on all held-out tokens of the store."""
+    hook = dictionary.hook_name
+    start, stop = store.spec.split_range("heldout")
+    fvu, fvu_all, l0, l0_all = FVU(dictionary.d_in), FVU(dictionary.d_in), L0(), L0()
+    frequency = ActivationFrequency(dictionary.d_sae)
+    step = max(1, 4096 // store.spec.context_length)
+    for low in range(start, stop, step):
+        high = min(low + step, stop)
+        x = store.activations(hook, low, high).flatten(0, 1).float()
+        keep = ~torch.from_numpy(store.sink_mask(hook, low, high, sink_multiple)).flatten()
+        with torch.inference_mode():
+            latents = dictionary.encode(x)
+            x_hat = dictionary.decode(latents)
+        fvu_all.update(x, x_hat)
+        l0_all.update(latents)
+        fvu.update(x[keep], x_hat[keep])
+        l0.update(latents[keep])
+        frequency.update(latents[keep])
+        bar.advance(len(x))
+    histogram, edges = frequency.log10_histogram()
+    return {
+        "fvu": fvu.compute(),
+        "fvu_all": fvu_all.compute(),
+        "l0": l0.compute(),
+        "l0_all": l0_all.compute(),
+        "dead_share": frequency.dead_share(),
+        "n_latents": dictionary.d_sae,
+        "n_heldout_tokens": int(frequency.n_tokens),
+        "n_heldout_tokens_all": (stop - start) * store.spec.context_length,
+        "activation_frequency_log10_edges": [round(edge, 6) for edge in edges.tolist()],
+        "activation_frequency_counts": histogram.tolist(),
+    }
+
+
+@dataclass
+class _Sums:
+    """Cross-entropy, and KL divergence from the clean model, summed over predictions, in nats."""
+
+    ce: float = 0.0
+    kl: float = 0.0
+    n: int = 0
+
+    def add(self, log_q: Tensor, log_p: Tensor, target: Tensor, counted: Tensor) -> None:
+        """Add the counted predictions of the model `log_q`, with the clean model's `log_p` beside it."""
+        q, p = log_q[counted], log_p[counted]
+        self.ce -= float(q.gather(-1, target[counted][:, None]).double().sum())
+        self.kl += float((p.exp() * (p - q)).sum(-1).double().sum())
+        self.n += len(q)
+
+
+@torch.inference_mode()
+def evaluate_splice(
+    lm: LanguageModel, store: ActivationStore, dictionary: Dictionary, config: EvaluateConfig, *, sink_multiple: float, bar: Bar
+) -> dict[str, Any]:
+    """CE and KL scores on held-out contexts.
+
+        ce_loss_score = (CE_zero - CE_spliced) / (CE_zero - CE_clean)        kl_div_score = 1 - KL(clean‖spliced) / KL(clean‖zero)
+
+    as SAEBench defines them (Karvonen et al. 2025, arXiv:2503.09532), in nats per prediction, with log-softmax in fp32. The
+    headline scores leave sinks alone in both the splice and the zero ablation and count predictions made at other tokens;
+    the `_all` scores replace every token and count every prediction. A prediction across a document boundary never counts.
+    """
+    start, stop = store.spec.split_range("heldout")
+    n_contexts = min(stop - start, max(1, config.n_ce_tokens // store.spec.context_length))
+    isolate = bool(store.spec.provenance["packing"]["isolate_documents"])
+    sums: dict[str, _Sums] = defaultdict(_Sums)
+    for low in range(start, start + n_contexts, config.batch_contexts):
+        high = min(low + config.batch_contexts, start + n_contexts)
+        contexts = store.contexts(low, high)
+        tokens = torch.from_numpy(contexts.tokens).long().to(lm.device)
+        spans = torch.from_numpy(contexts.position).long().to(lm.device)
+        position = spans if isolate else torch.arange(tokens.shape[1], device=lm.device).expand_as(tokens)
+        sinks = torch.from_numpy(store.sink_mask(dictionary.hook_name, low, high, sink_multiple)).to(lm.device)
+        target, counted_all = tokens[:, 1:], spans[:, 1:] > 0
+        counted = counted_all & ~sinks[:, :-1]
+        clean = _log_probabilities(lm, tokens, position, dictionary, "keep", sinks)
+        sums["clean"].add(clean, clean, target, counted)
+        sums["clean_all"].add(clean, clean, target, counted_all)
+        for kind in ("splice", "zero"):
+            for suffix, spared, counts in (("", sinks, counted), ("_all", torch.zeros_like(sinks), counted_all)):
+                log_q = _log_probabilities(lm, tokens, position, dictionary, kind, spared)
+                sums[kind + suffix].add(log_q, clean, target, counts)
+                del log_q
+        bar.advance(tokens.numel())
+    return _scores(sums, n_contexts * store.spec.context_length)
+
+
+def _log_probabilities(
+    lm: LanguageModel,
+    tokens: Int[Tensor, "batch seq"],
+    position: Int[Tensor, "batch seq"],
+    dictionary: Dictionary,
+    kind: str,
+    spared: Bool[Tensor, "batch seq"],
+) -> Float[Tensor, "batch seq_minus_1 vocab"]:
+    """Next-token log-probabilities with the hook's activations kept, spliced or zeroed, except at spared tokens."""
+
+    def replace(x: Tensor) -> Tensor:
+        if kind == "keep":
+            return x
+        new = torch.zeros_like(x) if kind == "zero" else dictionary.decode(dictionary.encode(x.float())).to(x.dtype)
+        return torch.where(spared[..., None], x, new)
+
+    with replace_activations(lm.model, dictionary.hook_name, replace):
+        logits: Tensor = lm.model(input_ids=tokens, position_ids=position, use_cache=False).logits
+    return logits[:, :-1].float().log_softmax(-1)
+
+
+def _scores(sums: dict[str, _Sums], n_tokens: int) -> dict[str, Any]:
+    figures: dict[str, Any] = {"n_ce_tokens": n_tokens}
+    for suffix in ("", "_all"):
+        ce = {kind: sums[kind + suffix].ce / sums[kind + suffix].n for kind in ("clean", "splice", "zero")}
+        kl = {kind: sums[kind + suffix].kl / sums[kind + suffix].n for kind in ("splice", "zero")}
+        figures |= {
+            f"ce_clean{suffix}": ce["clean"],
+            f"ce_spliced{suffix}": ce["splice"],
+            f"ce_zero{suffix}": ce["zero"],
+            f"ce_loss_score{suffix}": (ce["zero"] - ce["splice"]) / (ce["zero"] - ce["clean"]),
+            f"kl_spliced{suffix}": kl["splice"],
+            f"kl_zero{suffix}": kl["zero"],
+            f"kl_div_score{suffix}": 1 - kl["splice"] / kl["zero"],
+            f"n_predictions{suffix}": sums["clean" + suffix].n,
+        }
+    return figures

@@ -1,0 +1,91 @@
+"""Facts about a path for `sae info` and `sae verify`."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pipelines.errors import UsageError
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Facts about an activation store, a dictionary folder or a run directory.
+
+    Raises:
+        UsageError: the path is none of them.
+    """
+    if (path / "spec.json").exists():
+        return _describe_store(path)
+    if (path / "cfg.json").exists():
+        return _describe_dictionary(path)
+    if (path / "config.yaml").exists():
+        return _describe_run(path)
+    raise UsageError(f"{path} is not a store (spec.json), a dictionary (cfg.json) or a run directory (config.yaml)")
+
+
+def store_problems(path: Path) -> list[dict[str, Any]]:
+    """What is wrong with a store's files.
+
+    Raises:
+        UsageError: there is no store.
+    """
+    if not (path / "spec.json").exists():
+        raise UsageError(f"{path} is not an activation store: it has no spec.json")
+    from storage import verify
+
+    return [asdict(problem) for problem in verify(path)]
+
+
+def _describe_store(path: Path) -> dict[str, Any]:
+    from storage import ActivationStore, ActivationWriter
+
+    missing = ActivationWriter.open(path).missing()
+    store = ActivationStore.open(path, tail=bool(missing) or not (path / "seal.json").exists())
+    spec = store.spec
+    facts: dict[str, Any] = {
+        "kind": "activation store",
+        "fingerprint": spec.fingerprint,
+        "tokens": spec.n_tokens,
+        "contexts": f"{spec.n_contexts} of {spec.context_length} tokens, {spec.n_train_contexts} for training",
+        "shards": f"{spec.n_shards - len(missing)} of {spec.n_shards}",
+        "sealed": (path / "seal.json").exists(),
+        "provenance": spec.provenance,
+    }
+    for hook in spec.hooks:
+        facts[hook.name] = f"d_in {hook.d_in}, {hook.dtype}"
+        if facts["sealed"]:
+            facts[hook.name] += f", median norm {store.statistics(hook.name).median_norm:.4g}"
+    return facts
+
+
+def _describe_dictionary(path: Path) -> dict[str, Any]:
+    from sae import Dictionary
+
+    try:
+        dictionary = Dictionary.load(path)
+    except (ValueError, FileNotFoundError) as error:
+        raise UsageError(str(error)) from error
+    features = dictionary.features
+    return {
+        "kind": "dictionary",
+        "architecture": dictionary.config.architecture,
+        "hook_name": dictionary.hook_name,
+        "d_in": dictionary.d_in,
+        "d_sae": dictionary.d_sae,
+        "features": 0 if features is None else features.num_rows,
+        "metrics": {key: value for key, value in dictionary.metrics.items() if not isinstance(value, list)},
+        "provenance": dictionary.provenance,
+    }
+
+
+def _describe_run(path: Path) -> dict[str, Any]:
+    from pipelines.config import load_config
+    from pipelines.run import STAGES, Run
+    from pipelines.rundir import RunDir
+
+    run = Run(load_config(path / "config.yaml"), RunDir(path))
+    return {
+        "kind": "run",
+        "name": run.config.name,
+        "stages": {stage: "finished" if run.finished(stage) else "to do" for stage in STAGES},
+        "metrics": {key: value for key, value in run.dir.metrics().items() if not isinstance(value, list)},
+    }

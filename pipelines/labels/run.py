@@ -1,0 +1,44 @@
+"""label, as a stage of a run: latents of the whole store, then a label and its test for every latent."""
+
+from dataclasses import asdict
+from typing import Any
+
+from pipelines.collect import open_store
+from pipelines.config import RunConfig
+from pipelines.errors import RunError
+from pipelines.labels.stage import label_dictionary
+from pipelines.latents import compute_latents, dictionary_digest
+from pipelines.models import LanguageModel, resolve_model
+from pipelines.progress import Reporter
+from pipelines.rundir import RunDir
+from pipelines.train import load_trained
+
+
+def label(config: RunConfig, run: RunDir, ui: Reporter) -> dict[str, dict[str, Any]]:
+    """Label every SAE of the run; returns the summaries, which also go to metrics.json."""
+    store = open_store(config, run)
+    lm = LanguageModel(resolve_model(config.model), config.model)
+    figures = {}
+    for name in config.saes:
+        dictionary = load_trained(run, name)
+        latents = compute_latents(
+            store,
+            dictionary,
+            run,
+            name,
+            ui,
+            sink_multiple=config.sinks.multiple,
+            digest=dictionary_digest(run.trained(name)),
+        )
+        run.labels(name).mkdir(parents=True, exist_ok=True)
+        # The logit lens reads a direction of the residual stream; other hooks have another width or meaning.
+        unembedding = lm.unembedding() if config.hook_of(name).partition(":")[0].rpartition(".")[2].isdigit() else None
+        try:
+            summary = label_dictionary(
+                store, latents, dictionary, lm.token_strings(), unembedding, run.labels(name), ui, seed=config.seed
+            )
+        except ValueError as error:
+            raise RunError(f"labelling {name}: {error}") from error
+        figures[name] = {f"label_{key}": value for key, value in asdict(summary).items()}
+        run.update_metrics(name, figures[name])
+    return figures

@@ -1,0 +1,60 @@
+"""Settings of the label stage and what it reports."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelConfig:
+    """Settings of the label stage."""
+
+    n_top: int = 10
+    """Strongest contexts kept per latent, at most one per document."""
+    n_quantiles: int = 5
+    """Equal ranks of strength from which further contexts are drawn."""
+    n_per_quantile: int = 2
+    window: int = 16
+    """Tokens shown on each side of a firing."""
+    max_categories: int = 32
+    """Largest set of tokens that a rule may name."""
+    min_documents: int = 3
+    """Documents in which a category must fire before a rule may name it."""
+    min_detection: float = 0.6
+    """A label's balanced accuracy on held-out documents must have a 95 % lower bound above this; 0.5 is chance."""
+    n_null: int = 100
+    """Random latents on which every rule is tried for the mismatch null."""
+    n_words: int = 10
+    """Promoted, suppressed and top tokens kept per latent."""
+    max_firings_per_block: int = 1_000_000
+    """Bounds the memory of a pass."""
+
+    def __post_init__(self) -> None:
+        at_least = dict.fromkeys(("n_top", "n_per_quantile", "max_categories", "min_documents", "n_null", "n_words"), 1)
+        at_least |= {"n_quantiles": 0, "window": 0, "max_firings_per_block": 1}
+        wrong = [
+            f"{k} must be at least {v}, got {getattr(self, k)}" for k, v in at_least.items() if getattr(self, k) < v
+        ]
+        if not 0.5 <= self.min_detection < 1:
+            wrong.append(f"min_detection must lie in [0.5, 1), got {self.min_detection}")
+        if wrong:
+            raise ValueError("Not valid label settings: " + "; ".join(wrong) + ".")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelSummary:
+    """What labelling found, for the run's table and metrics.json. Means are NaN where there is nothing to average."""
+
+    n_latents: int
+    n_live: int
+    """Latents that fire on a usable token."""
+    n_candidates: int
+    """Live latents with a fitted rule."""
+    n_labelled: int
+    share_labelled: float
+    """Of live latents."""
+    null_share: float
+    """The same when the rules are dealt to wrong latents."""
+    mean_balanced_accuracy: float
+    """Held-out, over all candidates that could be tested."""
+    mean_null_balanced_accuracy: float
+    """The same rules on other random latents."""
+    mean_precision: float

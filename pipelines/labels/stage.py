@@ -1,0 +1,99 @@
+"""The label stage on a store: contexts, a first label and its held-out score for every latent of a dictionary."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipelines.labels.families import TokenTable
+from pipelines.labels.firings import Firings
+from pipelines.labels.labelling import label_latents
+from pipelines.labels.settings import LabelConfig, LabelSummary
+from pipelines.progress import Reporter
+from sae import Dictionary
+from storage.activations import ActivationStore
+from storage.latents import LatentStore
+
+
+def label_dictionary(
+    store: ActivationStore,
+    latents: LatentStore,
+    dictionary: Dictionary,
+    token_strings: Sequence[str],
+    unembedding: tuple[Float[Tensor, " d_model"], Float[Tensor, "d_model vocab"]] | None,
+    out_dir: Path,
+    ui: Reporter,
+    *,
+    seed: int,
+    config: LabelConfig | None = None,
+    sink_multiple: float = 3.0,
+) -> LabelSummary:
+    """Label every latent of `dictionary` and write features.parquet and examples.parquet into `out_dir`.
+
+    Args:
+        store: the activation store that `latents` was computed from.
+        token_strings: readable text of every token id, a leading space kept.
+        unembedding: final norm weight and W_U; None leaves promotes and suppresses null (a hook that is not the
+            residual stream).
+        sink_multiple: a token whose norm exceeds this many medians is a sink and takes no part; as in training.
+
+    Raises:
+        ValueError: store, latents and dictionary do not belong together; too few documents; a token id without a
+            string.
+    """
+    if latents.n_rows != store.spec.n_tokens or latents.d_sae != dictionary.d_sae:
+        raise ValueError(
+            f"Latent activations must match the store and the dictionary: they cover {latents.n_rows} tokens and "
+            f"{latents.d_sae} latents, the store has {store.spec.n_tokens} tokens and the dictionary "
+            f"{dictionary.d_sae} latents. Encode the store again with this dictionary."
+        )
+    if dictionary.hook_name is None:
+        raise ValueError(
+            "Labels need to know which activations the dictionary reads, but its hook_name is missing. "
+            "Set hook_name in its cfg.json to a hook of the store: " + ", ".join(h.name for h in store.spec.hooks) + "."
+        )
+
+    def read_block(lo: int, hi: int) -> Firings:
+        block = latents.block(lo, hi)
+        return Firings(block.indptr, block.row, block.value)
+
+    return label_latents(
+        read_token_table(store, dictionary.hook_name, sink_multiple),
+        read_block,
+        latents.counts(),
+        dictionary.W_dec,
+        token_strings,
+        unembedding,
+        out_dir,
+        ui,
+        seed=seed,
+        config=config,
+    )
+
+
+def read_token_table(
+    store: ActivationStore, hook_name: str, sink_multiple: float = 3.0, *, contexts_at_once: int = 4096
+) -> TokenTable:
+    """The tokens of a store with its attention sinks marked; 13 bytes a token."""
+    n, length = store.spec.n_contexts, store.spec.context_length
+    columns: list[list[NDArray[Any]]] = [[], [], [], []]
+    for start in range(0, n, contexts_at_once):
+        stop = min(start + contexts_at_once, n)
+        contexts = store.contexts(start, stop)
+        sink = np.asarray(store.sink_mask(hook_name, start, stop, sink_multiple))
+        usable = ~sink & (contexts.document >= 0)
+        for column, part in zip(columns, (contexts.tokens, contexts.document, contexts.position, usable), strict=True):
+            column.append(np.asarray(part).reshape(-1))
+    token, document, position, usable = (np.concatenate(column) for column in columns)
+    return TokenTable(
+        token=token,
+        document=document,
+        position=position,
+        usable=usable,
+        context_length=length,
+        n_train=store.spec.split_range("train")[1] * length,
+    )

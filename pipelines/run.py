@@ -1,0 +1,230 @@
+"""run: every stage in order, each resumable; a finished run does nothing.
+
+    collect → train → evaluate → label → export → audit
+
+A stage is finished when its marker carries the key of its present inputs: the config sections that it reads and the keys
+of the stages before it. A change that would make the stored activations or the trained weights something else is refused;
+later stages simply run again.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipelines.config import RunConfig, differing_keys, dump_config
+from pipelines.errors import RunError, UsageError
+from pipelines.progress import Reporter
+from pipelines.rundir import RunDir, key_of, sweep_partials, write_text
+from pipelines.sources import sha256_of
+
+STAGES = ("collect", "train", "evaluate", "label", "export", "audit")
+NEEDS: Mapping[str, tuple[str, ...]] = {
+    "collect": (),
+    "train": ("collect",),
+    "evaluate": ("train",),
+    "label": ("train",),
+    "export": ("evaluate", "label"),
+    "audit": ("label",),
+}
+"""Stages whose results a stage reads."""
+USES_RAY = {"collect", "train"}
+
+
+@dataclass
+class Run:
+    """A config and the directory where it runs."""
+
+    config: RunConfig
+    dir: RunDir
+
+    @cached_property
+    def keys(self) -> dict[str, str]:
+        """Key of every stage's inputs."""
+        sections = stage_sections(self.config)
+        keys: dict[str, str] = {}
+        for stage in STAGES:
+            keys[stage] = key_of(sections[stage], [keys[need] for need in NEEDS[stage]])
+        return keys
+
+    def finished(self, stage: str) -> bool:
+        """Whether the stage's results are there, for these inputs."""
+        return self.dir.stage_key(stage) == self.keys[stage]
+
+
+def stage_sections(config: RunConfig) -> dict[str, Any]:
+    """The parts of the config that decide what each stage produces; how it is spread over workers is left out."""
+    data = config.model_dump(mode="json")
+    spread = {"n_workers", "cpus_per_worker", "gpus_per_worker", "num_workers", "use_gpu", "checkpoint_every", "device"}
+
+    def without_spread(section: dict[str, Any] | None) -> dict[str, Any] | None:
+        return None if section is None else {key: value for key, value in section.items() if key not in spread}
+
+    return {
+        "collect": {
+            "model": without_spread(data["model"]),
+            "text": data["text"],
+            "hooks": data["hooks"],
+            "collect": without_spread(data["collect"]),
+            "seed": data["seed"],
+        },
+        "train": {
+            "saes": data["saes"],
+            "sinks": data["sinks"],
+            "train": without_spread(data["train"]),
+            "dictionary": data["dictionary"],
+        },
+        "evaluate": {"evaluate": data["evaluate"]},
+        "label": {"label": data["label"]},
+        "export": {"name": data["name"]},
+        "audit": {"audit": data["audit"], "concepts": _concept_digests(config)},
+    }
+
+
+def _concept_digests(config: RunConfig) -> list[str]:
+    from pipelines.configfiles import concept_path
+
+    try:
+        return [sha256_of(concept_path(name)) for name in config.audit.concepts]
+    except UsageError:
+        return []  # the stage itself reports what is wrong with them
+
+
+def open_run(config: RunConfig, out: Path) -> Run:
+    """Prepare the run directory: refuse one that belongs to another config, save the resolved config.
+
+    Raises:
+        UsageError: `out` holds activations or weights made with another config; the message lists the differing keys.
+    """
+    run = Run(config, RunDir(out))
+    _refuse_other_config(run)
+    return run
+
+
+def _refuse_other_config(run: Run) -> None:
+    if not run.dir.config_path.exists():
+        return
+    before = RunConfig.model_validate(yaml.safe_load(run.dir.config_path.read_text(encoding="utf-8")))
+    old, new = stage_sections(before), stage_sections(run.config)
+    begun = {
+        "collect": run.dir.store_path.exists() or before.collect.store is not None,
+        "train": (run.dir.path / "checkpoints").exists(),
+    }
+    keys = [key for stage in ("collect", "train") if begun[stage] for key in differing_keys(old[stage], new[stage])]
+    if keys:
+        raise UsageError(
+            f"{run.dir.path} was made with another config (different: {', '.join(keys)}); its activations and weights would not "
+            f"fit. Choose another --out, or delete {run.dir.path} to start over"
+        )
+
+
+def save_config(run: Run) -> None:
+    """Write config.yaml: every default written out, and the software that is about to run."""
+    from pipelines.versions import versions
+
+    made_by = "".join(f"# {name}: {version}\n" for name, version in versions().items())
+    write_text(run.dir.config_path, f"# Resolved configuration. Written by:\n{made_by}{dump_config(run.config)}")
+
+
+def execute(run: Run, ui: Reporter, stages: tuple[str, ...] = STAGES) -> bool:
+    """Run the stages that are not finished; returns False when there was nothing to do.
+
+    Raises:
+        RunError: a stage is asked for whose inputs are not there.
+    """
+    todo = [stage for stage in stages if not run.finished(stage)]
+    if not todo:
+        return False
+    with run.dir.lock():
+        validate(run, todo)
+        for stage in todo:
+            lacking = [need for need in NEEDS[stage] if need not in stages and not run.finished(need)]
+            if lacking:
+                raise RunError(f"`sae {stage}` needs the results of {', '.join(lacking)}: run `sae {lacking[0]} {run.dir.path}` first")
+        save_config(run)
+        for folder in (run.dir.path, run.dir.path / "dictionaries", run.dir.path / "labels"):
+            if folder.exists():
+                sweep_partials(folder)
+        from pipelines.cluster.local import ray_session
+
+        for group in _by_engine(todo):
+            with ray_session(run.config.ray) if group[0] in USES_RAY else nullcontext():
+                for stage in group:
+                    _run_stage(run, stage, ui)
+    return True
+
+
+def validate(run: Run, stages: list[str]) -> None:
+    """Find the mistakes of later stages before the first one starts.
+
+    Raises:
+        UsageError: a concept file, model, hook or text that cannot be used.
+    """
+    if "audit" in stages:
+        from pipelines.audit.run import load_concepts
+
+        load_concepts(run.config)
+    if "collect" in stages:
+        from pipelines.collect import hook_widths
+        from pipelines.models import resolve_model
+
+        hook_widths(run.config, resolve_model(run.config.model))
+
+
+def _by_engine(stages: list[str]) -> list[list[str]]:
+    """Neighbouring stages that share a Ray session, or need none."""
+    groups: list[list[str]] = []
+    for stage in stages:
+        if groups and (groups[-1][0] in USES_RAY) == (stage in USES_RAY):
+            groups[-1].append(stage)
+        else:
+            groups.append([stage])
+    return groups
+
+
+def _run_stage(run: Run, stage: str, ui: Reporter) -> None:
+    began = time.monotonic()
+    run.dir.event("stage started", stage=stage)
+    try:
+        figures = _function(stage)(run.config, run.dir, ui)
+    except BaseException as error:
+        run.dir.event("stage failed", stage=stage, error=f"{type(error).__name__}: {error}"[:500])
+        raise
+    seconds = time.monotonic() - began
+    run.dir.mark_finished(stage, run.keys[stage], seconds)
+    run.dir.event("stage finished", stage=stage, seconds=round(seconds, 2), figures=figures)
+
+
+def _function(stage: str) -> Callable[[RunConfig, RunDir, Reporter], Any]:
+    """The stage's function, imported when it is needed."""
+    match stage:
+        case "collect":
+            from pipelines.collect import collect
+
+            return collect
+        case "train":
+            from pipelines.train import train
+
+            return train
+        case "evaluate":
+            from pipelines.evaluate import evaluate
+
+            return evaluate
+        case "label":
+            from pipelines.labels.run import label
+
+            return label
+        case "export":
+            from pipelines.export import export
+
+            return export
+        case "audit":
+            from pipelines.audit.run import audit
+
+            return audit
+    raise AssertionError(stage)

@@ -1,0 +1,59 @@
+"""The table at the end of a run: what a person wants to know, and where to look next."""
+
+import json
+import math
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from pipelines.run import Run
+
+
+def summary(run: Run) -> dict[str, Any]:
+    """The run's headline figures, by SAE, and the audits' verdicts."""
+    metrics = run.dir.metrics()
+    saes = {}
+    for name in run.config.saes:
+        prefix = f"{name}."
+        saes[name] = {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
+    audits = {}
+    for path in sorted((run.dir.path / "audit").glob("*/audit.json")):
+        verdict = json.loads(path.read_text(encoding="utf-8"))["verdict"]
+        audits[path.parent.name] = {"level": verdict["level"], "sentence": verdict["sentence"], "report": str(path.parent / "report.html")}
+    return {"run": str(run.dir.path), "saes": saes, "audits": audits}
+
+
+def print_summary(run: Run, console: Console) -> None:
+    """Print the table."""
+    figures = summary(run)
+    for name, m in figures["saes"].items():
+        spec = run.config.saes[name]
+        table = Table(title=f"{run.config.name} / {name}: {spec.architecture} on {run.config.hook_of(name)}", show_header=False, title_justify="left")
+        table.add_column(style="bold")
+        table.add_column(justify="right")
+        table.add_column(style="dim")
+        table.add_row("tokens", f"{run.config.collect.n_tokens:,}", f"{m.get('n_heldout_tokens', 0):,} of them held out and not sinks")
+        if "l0" in m:
+            table.add_row("L0", f"{m['l0']:.1f}", f"active latents a token (k = {spec.k})")
+            table.add_row("FVU", f"{m['fvu']:.3f}", f"unexplained variance, lower is better; with sinks {m['fvu_all']:.3f}")
+            table.add_row("loss recovered", f"{m['ce_loss_score']:.3f}", f"CE score, 1 is perfect; KL score {m['kl_div_score']:.3f}; all tokens spliced {m['ce_loss_score_all']:.3f}")
+            table.add_row("dead latents", f"{m['dead_share']:.1%}", f"of {m['n_latents']:,}, silent on the held-out tokens")
+        share = m.get("label_share_labelled")
+        if share is not None and not math.isnan(share):
+            table.add_row("labelled", f"{share:.1%}", f"of live latents passed the held-out test; rules dealt at random {m['label_null_share']:.1%}")
+        console.print(table)
+    if figures["audits"]:
+        table = Table(title="audit", show_header=False, title_justify="left")
+        table.add_column(style="bold")
+        table.add_column()
+        for name, audit in figures["audits"].items():
+            table.add_row(escape(name), escape(audit["sentence"]))
+        console.print(table)
+    console.print("look next:", style="bold")
+    for name in figures["saes"]:
+        console.print(f"  {run.dir.dictionary(name)}  sae.Dictionary.load(...), features.parquet", highlight=False)
+    for audit in figures["audits"].values():
+        console.print(f"  {audit['report']}", highlight=False)
+    console.print(f"  {run.dir.metrics_path}", highlight=False)

@@ -1,0 +1,122 @@
+"""One frozen configuration per architecture; `SAEConfig` is their closed union, told apart by `architecture`.
+
+A configuration holds what cannot be read from the weights: it makes no ids, touches no files and is written verbatim
+into `dictionary.json`. A new architecture is a new dataclass here, a module beside `topk.py` and a branch in
+`architectures.empty`.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+def _require_count(owner: object, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(
+                f"{type(owner).__name__}.{name} must be a whole number of at least 1, got {value!r}. Correct `{name}`."
+            )
+
+
+def _require_k(owner: "TopKConfig | BatchTopKConfig") -> None:
+    _require_count(owner, "d_in", "d_sae", "k")
+    if owner.k > owner.d_sae:
+        raise ValueError(
+            f"{type(owner).__name__}.k must not exceed d_sae, got k={owner.k} with d_sae={owner.d_sae}. "
+            "Lower `k` or widen `d_sae`."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopKConfig:
+    """Each token keeps its k largest latents (Gao et al. 2024, arXiv:2406.04093)."""
+
+    d_in: int
+    """Width of the activations that are reconstructed."""
+
+    d_sae: int
+    """Number of latents."""
+
+    k: int
+    """Latents kept for each token."""
+
+    architecture: Literal["topk"] = "topk"
+
+    def __post_init__(self) -> None:
+        _require_k(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchTopKConfig:
+    """A batch keeps its k * n_tokens largest latents (Bussmann et al. 2024, arXiv:2412.06410)."""
+
+    d_in: int
+    """Width of the activations that are reconstructed."""
+
+    d_sae: int
+    """Number of latents."""
+
+    k: int
+    """Latents kept for each token on average."""
+
+    architecture: Literal["batchtopk"] = "batchtopk"
+
+    def __post_init__(self) -> None:
+        _require_k(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JumpReLUConfig:
+    """Each latent has its own threshold (Rajamanoharan et al. 2024, arXiv:2407.14435)."""
+
+    d_in: int
+    """Width of the activations that are reconstructed."""
+
+    d_sae: int
+    """Number of latents."""
+
+    architecture: Literal["jumprelu"] = "jumprelu"
+
+    def __post_init__(self) -> None:
+        _require_count(self, "d_in", "d_sae")
+
+
+SAEConfig = TopKConfig | BatchTopKConfig | JumpReLUConfig
+
+_BY_ARCHITECTURE: dict[str, type[SAEConfig]] = {
+    "topk": TopKConfig,
+    "batchtopk": BatchTopKConfig,
+    "jumprelu": JumpReLUConfig,
+}
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """ " (did you mean …?)" when a known word is close, otherwise the whole list; for error messages."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f" Did you mean `{close[0]}`?" if close else f" Known: {', '.join(sorted(known))}."
+
+
+def config_from_dict(values: Mapping[str, Any]) -> SAEConfig:
+    """The configuration that `dataclasses.asdict` wrote.
+
+    Raises: ValueError for an unknown architecture, an unknown key (naming the nearest valid one), a missing key or a
+        bad value.
+    """
+    architecture = values.get("architecture")
+    if not isinstance(architecture, str) or architecture not in _BY_ARCHITECTURE:
+        hint = nearest(str(architecture), list(_BY_ARCHITECTURE))
+        raise ValueError(f"`architecture` must name a known architecture, got {architecture!r}.{hint}")
+    cls = _BY_ARCHITECTURE[architecture]
+    known = [field.name for field in dataclasses.fields(cls)]
+    for key in values:
+        if key not in known:
+            raise ValueError(f"A {architecture} configuration has no key `{key}`.{nearest(key, known)}")
+    missing = [name for name in known if name not in values]
+    if missing:
+        raise ValueError(
+            f"A {architecture} configuration needs {', '.join(known)}; missing: {', '.join(missing)}. Add them."
+        )
+    return cls(**values)

@@ -1,0 +1,37 @@
+"""TopK: every token keeps its k largest latents."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae.base import SAE, SparseLatents
+from sae.config import TopKConfig
+
+
+class TopKSAE(SAE):
+    """Sparse autoencoder that keeps the k largest latents of each token.
+
+        pre_acts    = (x - b_dec) @ W_enc + b_enc
+        latent_acts = relu(topk(pre_acts, k))
+        x_hat       = latent_acts @ W_dec + b_dec
+
+    Reference: Gao et al. 2024, arXiv:2406.04093, section 2.3. Differs: none.
+    """
+
+    config: TopKConfig
+
+    def __init__(self, config: TopKConfig) -> None:
+        super().__init__(config)
+
+    def activate(self, pre_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
+        """The k largest pre-activations of each token where positive, zero elsewhere; at most k nonzero per token."""
+        values, indices = pre_acts.topk(self.config.k, dim=-1, sorted=False)
+        return torch.zeros_like(pre_acts).scatter_(-1, indices, values.relu())
+
+    def encode_sparse(self, x: Float[Tensor, "batch d_in"]) -> SparseLatents:
+        """The nonzero entries of `encode(x)` in row-major order, without the dense array."""
+        values, latents = self.pre_acts(x).topk(self.config.k, dim=-1, sorted=False)
+        latents, order = latents.sort(dim=-1)
+        values = values.gather(-1, order)
+        row, slot = (values > 0).nonzero(as_tuple=True)
+        return SparseLatents(row, latents[row, slot], values[row, slot])

@@ -1,0 +1,53 @@
+"""Activation stores that lose nothing: sharded Zarr v3 written exactly once by workers that may die, and read at the
+speed of a memory map.
+
+    ActivationWriter    create a store, write shards from any number of processes, seal it
+    ActivationStore     read contexts, activations, norms, statistics
+    ShuffledReader      batches of shuffled rows for training, resumable at any batch
+    LatentWriter        sparse latent activations, shard by shard
+    LatentStore         … read by block of latents
+    verify              every problem of a store on disk
+
+`FORMAT.md` says what is on disk. This package knows bytes, not models: it imports neither `sae` nor `pipelines`.
+"""
+
+from storage.activations import ActivationStore, Contexts
+from storage.errors import (
+    AlreadyExistsError,
+    CorruptionError,
+    FormatError,
+    IncompleteError,
+    NotFoundError,
+    SpecMismatchError,
+    StorageError,
+)
+from storage.integrity import Problem, verify
+from storage.latents import LatentBlock, LatentStore, LatentWriter
+from storage.shuffle import ShuffledReader
+from storage.spec import HookSpec, StoreSpec, zarr_name
+from storage.statistics import Statistics
+from storage.writer import ActivationWriter, Receipt
+
+__all__ = [
+    "ActivationStore",
+    "ActivationWriter",
+    "AlreadyExistsError",
+    "Contexts",
+    "CorruptionError",
+    "FormatError",
+    "HookSpec",
+    "IncompleteError",
+    "LatentBlock",
+    "LatentStore",
+    "LatentWriter",
+    "NotFoundError",
+    "Problem",
+    "Receipt",
+    "ShuffledReader",
+    "SpecMismatchError",
+    "Statistics",
+    "StorageError",
+    "StoreSpec",
+    "verify",
+    "zarr_name",
+]

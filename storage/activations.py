@@ -1,0 +1,175 @@
+"""`ActivationStore`: reads a sealed activation store. `ActivationWriter` (in `writer`) makes one.
+
+    store = ActivationStore.open("runs/quickstart/activations")
+    x = store.activations("model.layers.8", 0, 4)          # [4, context_length, d_in], bfloat16
+    store.contexts(0, 4).tokens                            # the token ids of the same contexts
+
+Ranges are of contexts. Reads are contiguous copies out of memory maps; to train on shuffled rows use `ShuffledReader`.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from storage.backends import Backend, LocalBackend
+from storage.commits import CommitLog
+from storage.errors import CorruptionError, IncompleteError, NotFoundError
+from storage.layout import TABLE_NAMES, activations_array, norms_array, table_array
+from storage.rows import RowReader
+from storage.spec import StoreSpec
+from storage.statistics import Statistics
+from storage.writer import ActivationWriter, Path, Receipt, merged_statistics, read_spec, read_tables
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["ActivationStore", "ActivationWriter", "Contexts", "Receipt"]
+
+SINK_MULTIPLE = 3.0
+"""A token whose norm exceeds this many median norms is an attention sink."""
+
+
+class Contexts(NamedTuple):
+    """What is known of each token, int32 [n_contexts, context_length] each."""
+
+    tokens: NDArray[np.int32]
+    document: NDArray[np.int32]
+    position: NDArray[np.int32]
+
+
+class ActivationStore:
+    """Read access to one store. Threads may share it; processes open their own."""
+
+    def __init__(self, backend: Backend, spec: StoreSpec, *, verify: bool, tail: bool) -> None:
+        self.spec = spec
+        self._backend = backend
+        self._tail = tail
+        self._log = CommitLog(backend, spec.fingerprint, spec.n_shards)
+        self._sidecars = set(read_tables(backend, spec)["files"])
+        self._seal = None if tail else self._log.read_seal()
+        self._tables = {name: RowReader(backend, table_array(spec, name), verify=verify) for name in TABLE_NAMES}
+        self._activations, self._norms = (
+            {hook.name: RowReader(backend, layout(spec, hook), verify=verify) for hook in spec.hooks}
+            for layout in (activations_array, norms_array)
+        )
+
+    @classmethod
+    def open(
+        cls, path: Path, *, verify: bool = True, tail: bool = False, backend: Backend | None = None
+    ) -> ActivationStore:
+        """Opens a store for reading.
+
+        Args:
+            verify: test the checksum of every chunk when it is first read.
+            tail: also open a store that is still being written; reading a shard that is not there yet raises
+                IncompleteError.
+        Raises: NotFoundError if there is no store; IncompleteError if it is not sealed; FormatError if it is of a newer
+            format version.
+        """
+        backend = backend or LocalBackend(path)
+        return cls(backend, read_spec(backend), verify=verify, tail=tail)
+
+    @property
+    def path(self) -> str:
+        return self._backend.location()
+
+    @cached_property
+    def tokens(self) -> NDArray[np.int32]:
+        """Token ids of all contexts, int32 [n_contexts, context_length]; read whole on first use."""
+        return self._table("tokens", 0, self.spec.n_contexts)
+
+    @cached_property
+    def document(self) -> NDArray[np.int32]:
+        """Row of each token's document in the caller's table of documents; read whole on first use."""
+        return self._table("document", 0, self.spec.n_contexts)
+
+    @cached_property
+    def position(self) -> NDArray[np.int32]:
+        """Position of each token in its document piece; read whole on first use."""
+        return self._table("position", 0, self.spec.n_contexts)
+
+    def contexts(self, start: int, stop: int) -> Contexts:
+        """Tokens, documents and positions of contexts [start, stop)."""
+        return Contexts(*(self._table(name, start, stop) for name in TABLE_NAMES))
+
+    def sidecar(self, name: str) -> bytes:
+        """A file that was given to `ActivationWriter.create`.
+
+        Raises: NotFoundError if the store has none of that name.
+        """
+        if name not in self._sidecars or "/" in name:
+            known = sorted(key for key in self._sidecars if "/" not in key)
+            raise NotFoundError(f"{self.path} has no sidecar {name!r}; it has {', '.join(known) or 'none'}.")
+        return self._backend.read(name)
+
+    def activations(self, hook: str, start: int, stop: int) -> torch.Tensor:
+        """Activations of contexts [start, stop) in the hook's own dtype, [stop - start, context_length, d_in]; a copy.
+
+        Raises: ValueError for an unknown hook or range; CorruptionError naming file and shard.
+        """
+        import torch
+
+        tensor = torch.from_numpy(self.activations_numpy(hook, start, stop))
+        return tensor.view(torch.bfloat16) if self.spec.hook(hook).dtype == "bfloat16" else tensor
+
+    def activations_numpy(self, hook: str, start: int, stop: int, *, out: NDArray[Any] | None = None) -> NDArray[Any]:
+        """As `activations`, but as stored: uint16 holds the bits of bfloat16. Copied into `out` if it is given."""
+        spec = self.spec.hook(hook)
+        shape = (stop - start, self.spec.context_length, spec.d_in)
+        flat = None if out is None else out.reshape(-1, spec.d_in)
+        return self._rows(self._activations[spec.name], start, stop, flat).reshape(shape)
+
+    def norms(self, hook: str, start: int, stop: int) -> NDArray[np.float32]:
+        """L2 norm of each activation of contexts [start, stop), float32 [stop - start, context_length]."""
+        return self._rows(self._norms[self.spec.hook(hook).name], start, stop, None).reshape(
+            stop - start, self.spec.context_length
+        )
+
+    def sink_mask(self, hook: str, start: int, stop: int, multiple: float = SINK_MULTIPLE) -> NDArray[np.bool_]:
+        """True for attention sinks, bool [stop - start, context_length].
+
+        A sink has position 0, or norm > multiple * the store's median norm.
+        """
+        threshold = np.float32(multiple * self.statistics(hook).median_norm)
+        mask: NDArray[np.bool_] = self.norms(hook, start, stop) > threshold
+        mask |= self._table("position", start, stop) == 0
+        return mask
+
+    def statistics(self, hook: str) -> Statistics:
+        """Statistics over all rows of a hook; with `tail`, over the shards committed when it is first asked for."""
+        return self._statistics[self.spec.hook(hook).name]
+
+    @cached_property
+    def _statistics(self) -> dict[str, Statistics]:
+        values = merged_statistics(self._log, self.spec) if self._seal is None else self._seal["statistics"]
+        return {name: Statistics.from_json(value) for name, value in values.items()}
+
+    def _table(self, name: str, start: int, stop: int) -> NDArray[np.int32]:
+        self._check_range(start, stop)
+        return self._tables[name].read(start, stop)
+
+    def _rows(self, reader: RowReader, start: int, stop: int, out: NDArray[Any] | None) -> NDArray[Any]:
+        self._check_range(start, stop)
+        length = self.spec.context_length
+        try:
+            return reader.read(start * length, stop * length, out)
+        except CorruptionError as error:
+            if self._tail:
+                self._explain_tail(start, stop, error)
+            raise
+
+    def _check_range(self, start: int, stop: int) -> None:
+        if not 0 <= start <= stop <= self.spec.n_contexts:
+            raise ValueError(f"Contexts must lie in [0, {self.spec.n_contexts}], got [{start}, {stop}).")
+
+    def _explain_tail(self, start: int, stop: int, error: CorruptionError) -> None:
+        """Raises IncompleteError if the trouble is only that a shard of the range is not committed yet."""
+        missing = set(self._log.missing())
+        first, last = start // self.spec.contexts_per_shard, (stop - 1) // self.spec.contexts_per_shard
+        absent = [shard for shard in range(first, last + 1) if shard in missing]
+        if absent:
+            raise IncompleteError(f"{self.path} does not hold shard {absent[0]} yet; wait for its commit.") from error

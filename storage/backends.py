@@ -1,0 +1,208 @@
+"""The file operations that a store is built on, and the local file system's way of doing them.
+
+Everything else in this package names files by a key ("commits/000003.json") relative to the root of a store and goes
+through a `Backend`, so that an object store can be added as one more class here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import os
+import shutil
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from storage.errors import NotFoundError, StorageError
+
+Buffer = bytes | memoryview | NDArray[Any]
+"""Contiguous bytes."""
+
+
+def as_bytes(buffer: Buffer) -> memoryview:
+    """The buffer's own bytes, not copied."""
+    if isinstance(buffer, np.ndarray):
+        buffer = np.ascontiguousarray(buffer).reshape(-1).view(np.uint8).data
+    return memoryview(buffer).cast("B")
+
+
+class Backend(Protocol):
+    """Files under the root of one store. Keys are relative, with "/" between their parts."""
+
+    def location(self, key: str = "") -> str:
+        """Where the key is, for messages to people."""
+
+    def create(self, files: Iterable[tuple[str, Buffer]]) -> bool:
+        """Creates the store with these files, durably and at once: nobody ever sees a part of them.
+
+        Returns False if the root is taken."""
+
+    def read(self, key: str) -> bytes:
+        """The whole file. Raises NotFoundError."""
+
+    def map(self, key: str) -> NDArray[np.uint8]:
+        """The whole file as a read-only array, read as it is touched. Raises NotFoundError."""
+
+    def size(self, key: str) -> int | None:
+        """Size in bytes, None if there is no such file."""
+
+    def list(self, prefix: str) -> list[str]:
+        """Sorted names directly under the prefix; empty if there is no such prefix."""
+
+    def write(self, key: str, buffers: Iterable[Buffer]) -> None:
+        """Writes a new file durably: when this returns, its bytes survive a power cut (its name only after `sync`)."""
+
+    def sync(self, prefix: str) -> None:
+        """Makes the names directly under the prefix durable."""
+
+    def publish(self, source: str, key: str) -> bool:
+        """Gives the file at `source` the name `key` too, durably, if nothing has it: exactly one caller gets True."""
+
+    def install(self, source: str, key: str) -> bool:
+        """Moves a file, durably. Returns False if there is no file at `source` (somebody else moved it)."""
+
+    def remove(self, key: str) -> None:
+        """Removes a file, or everything under a prefix; nothing happens if there is neither."""
+
+
+class LocalBackend:
+    """A directory on a local file system with hard links (ext4, xfs, btrfs, apfs, tmpfs, NFS)."""
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self.root = Path(root)
+
+    def location(self, key: str = "") -> str:
+        return str(self.root / key) if key else str(self.root)
+
+    def create(self, files: Iterable[tuple[str, Buffer]]) -> bool:
+        parent = self.root.parent
+        parent.mkdir(parents=True, exist_ok=True)
+        if self.root.exists() and not (self.root.is_dir() and not os.listdir(self.root)):
+            return False
+        draft_prefix = f".{self.root.name}.creating-"
+        draft = type(self)(parent / f"{draft_prefix}{uuid.uuid4().hex}")
+        try:
+            for key, buffer in files:
+                draft.write(key, [buffer])
+            for directory, _, _ in os.walk(draft.root):
+                draft.sync(os.path.relpath(directory, draft.root))
+            self._rename_to_root(draft)
+        except FileNotFoundError:  # another creator finished first and removed this draft
+            if not self.root.exists():
+                raise
+            created = False
+        except FileExistsError:
+            created = False
+        else:
+            created = True
+        for name in os.listdir(parent):  # once the root stands, every draft is rubbish, whoever left it
+            if name.startswith(draft_prefix):
+                type(self)(parent).remove(name)
+        return created
+
+    def _rename_to_root(self, draft: LocalBackend) -> None:
+        """Raises FileExistsError if something stands at the root already."""
+        try:
+            os.rename(draft.root, self.root)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise FileExistsError(str(self.root)) from error
+            raise
+        type(self)(self.root.parent).sync("")
+
+    def read(self, key: str) -> bytes:
+        try:
+            return (self.root / key).read_bytes()
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise NotFoundError(f"There must be a file at {self.location(key)}, but there is none.") from error
+
+    def map(self, key: str) -> NDArray[np.uint8]:
+        try:
+            with open(self.root / key, "rb") as file:
+                if os.fstat(file.fileno()).st_size == 0:
+                    return np.empty(0, np.uint8)
+                return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise NotFoundError(f"There must be a file at {self.location(key)}, but there is none.") from error
+
+    def size(self, key: str) -> int | None:
+        try:
+            return (self.root / key).stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def list(self, prefix: str) -> list[str]:
+        try:
+            return sorted(os.listdir(self.root / prefix))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def write(self, key: str, buffers: Iterable[Buffer]) -> None:
+        path = self.root / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o644)
+        try:
+            for buffer in buffers:
+                view = as_bytes(buffer)
+                while view:  # one write(2) may take less than it was given, and at most 2 GiB
+                    view = view[os.write(descriptor, view) :]
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def sync(self, prefix: str) -> None:
+        descriptor = os.open(self.root / prefix, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def publish(self, source: str, key: str) -> bool:
+        target = self.root / key
+        self._make_durable_directory(target.parent)
+        try:
+            os.link(
+                self.root / source, target
+            )  # atomic and exclusive: the name appears with all of its bytes, or not at all
+        except FileExistsError:
+            return False
+        except (PermissionError, NotImplementedError) as error:
+            raise StorageError(
+                f"A store must stand on a file system with hard links, but linking {target} was refused ({error}). "
+                f"Choose a path on another file system."
+            ) from error
+        self.sync(str(target.parent.relative_to(self.root)))
+        return True
+
+    def install(self, source: str, key: str) -> bool:
+        target = self.root / key
+        self._make_durable_directory(target.parent)
+        try:
+            os.replace(self.root / source, target)
+        except FileNotFoundError:
+            return False
+        self.sync(str(target.parent.relative_to(self.root)))
+        return True
+
+    def remove(self, key: str) -> None:
+        path = self.root / key
+        if not path.is_dir():
+            path.unlink(missing_ok=True)
+        while path.is_dir():
+            with contextlib.suppress(FileNotFoundError):  # somebody else removes it at the same time
+                shutil.rmtree(path)
+
+    def _make_durable_directory(self, path: Path) -> None:
+        missing = []
+        while not path.is_dir():
+            missing.append(path)
+            path = path.parent
+        for directory in reversed(missing):
+            directory.mkdir(exist_ok=True)
+            self.sync(str(directory.parent.relative_to(self.root)))

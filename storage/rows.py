@@ -1,0 +1,110 @@
+"""Contiguous reads of one array of a store through memory maps; each chunk's checksum is tested at its first use."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from storage.backends import Backend
+from storage.commits import advice
+from storage.encoding import CHECKSUM_BYTES, crc32c, decode_index
+from storage.errors import CorruptionError, NotFoundError
+from storage.layout import ArrayLayout
+
+MAX_OPEN_FILES = 32
+
+
+@dataclass(frozen=True, eq=False)
+class _MappedFile:
+    data: NDArray[np.uint8]
+    chunks: NDArray[np.uint64]
+    """Offset and length of each chunk, [n_chunks, 2]."""
+
+
+class RowReader:
+    """Reads rows of one array. Threads may share it.
+
+    A chunk that was verified once is not verified again by this object, so that rows may be read in any order at the
+    price of one checksum pass.
+    """
+
+    def __init__(self, backend: Backend, array: ArrayLayout, *, verify: bool) -> None:
+        self.array = array
+        self._backend = backend
+        self._verify = verify
+        self._files: OrderedDict[int, _MappedFile] = OrderedDict()
+        self._lock = threading.Lock()
+        slots = array.rows_per_file // array.rows_per_chunk
+        self._verified = np.zeros((array.n_files, slots), bool) if verify else None
+
+    def read(self, start: int, stop: int, out: NDArray[Any] | None = None) -> NDArray[Any]:
+        """Rows [start, stop), copied into `out` (same dtype and shape) or a new array.
+
+        Raises: ValueError if the range is not inside of the array; CorruptionError naming file and shard if bytes are
+            missing or changed.
+        """
+        array = self.array
+        if not 0 <= start <= stop <= array.shape[0]:
+            raise ValueError(f"Rows of {array.key} must lie in [0, {array.shape[0]}], got [{start}, {stop}).")
+        if out is None:
+            out = np.empty((stop - start, *array.shape[1:]), array.dtype)
+        row = start
+        while row < stop:
+            file, in_file = divmod(row, array.rows_per_file)
+            chunk, in_chunk = divmod(in_file, array.rows_per_chunk)
+            n = min(array.rows_per_chunk - in_chunk, stop - row)
+            out[row - start : row - start + n] = self._chunk(file, chunk)[in_chunk : in_chunk + n]
+            row += n
+        return out
+
+    def _chunk(self, file: int, chunk: int) -> NDArray[Any]:
+        mapped = self._file(file)
+        offset, length = (int(value) for value in mapped.chunks[chunk])
+        if length != self.array.chunk_bytes + CHECKSUM_BYTES or offset + length > mapped.data.size:
+            raise self._corrupt(
+                file,
+                f"chunk {chunk} must have {self.array.chunk_bytes + CHECKSUM_BYTES} bytes inside of the file, "
+                f"but the index says {length} at {offset}",
+            )
+        data = mapped.data[offset : offset + self.array.chunk_bytes]
+        if self._verified is not None and not self._verified[file, chunk]:
+            if crc32c(data) != mapped.data[offset + data.size : offset + length].tobytes():
+                raise self._corrupt(file, f"chunk {chunk} must match its checksum, but it does not")
+            self._verified[file, chunk] = True
+        return data.view(self.array.dtype).reshape(self.array.rows_per_chunk, *self.array.shape[1:])
+
+    def _file(self, file: int) -> _MappedFile:
+        with self._lock:
+            mapped = self._files.pop(file, None) or self._open(file)
+            self._files[file] = mapped
+            if len(self._files) > MAX_OPEN_FILES:
+                self._files.popitem(last=False)
+            return mapped
+
+    def _open(self, file: int) -> _MappedFile:
+        array, key = self.array, self.array.file_key(file)
+        try:
+            data = self._backend.map(key)
+        except NotFoundError as error:
+            raise self._corrupt(file, "the file must exist, but it is missing") from error
+        if data.size != array.file_bytes(file):
+            raise self._corrupt(file, f"the file must have {array.file_bytes(file):,} bytes, but it has {data.size:,}")
+        if not array.sharded:
+            return _MappedFile(data, np.array([[0, data.size]], np.uint64))
+        try:
+            return _MappedFile(data, decode_index(data, array.slots_per_file))
+        except ValueError as error:
+            raise self._corrupt(file, str(error)) from error
+
+    def _corrupt(self, file: int, fact: str) -> CorruptionError:
+        where = self._backend.location(self.array.file_key(file))
+        if self.array.is_table:
+            return CorruptionError(
+                f"{where} (file {file}): {fact}. Restore the file from a copy, or make the store anew."
+            )
+        return CorruptionError(f"{where} (shard {file}): {fact}. {advice(file)}")

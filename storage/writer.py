@@ -1,0 +1,332 @@
+"""`ActivationWriter`: creates an activation store and fills it shard by shard, from any number of processes.
+
+Workers share nothing but the path. Each takes shard numbers from `missing()` (or from whoever hands them out), computes
+the activations of the shard's contexts for all hooks in one forward pass, and calls `write_shard`; a shard written
+twice is stored once (see `commits`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from storage.backends import Backend, Buffer, LocalBackend
+from storage.commits import Attempt, Commit, CommitLog
+from storage.encoding import crc32c, encode_index, fill_value, to_bfloat16_bits
+from storage.errors import AlreadyExistsError, CorruptionError, NotFoundError, SpecMismatchError
+from storage.layout import (
+    COMMITS,
+    KEEP,
+    RESERVED,
+    SPEC,
+    STAGING,
+    TABLE_NAMES,
+    TABLES,
+    ArrayLayout,
+    activations_array,
+    metadata_files,
+    norms_array,
+    table_array,
+)
+from storage.spec import (
+    FORMAT_VERSION,
+    HookSpec,
+    StoreSpec,
+    canonical_json,
+    check_version,
+    parse_json_object,
+    require_equal_settings,
+)
+from storage.statistics import Statistics, merge, summarise
+
+Path = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What became of one `write_shard`: small enough to send anywhere."""
+
+    shard: int
+    n_tokens: int
+    bytes: int
+    """Bytes of the shard on disk, all hooks."""
+    digests: Mapping[str, str]
+    """SHA-256 of each file by key, as committed."""
+    written: bool
+    """False if the shard was committed already, by an earlier run or a faster worker, whose digests these are."""
+
+
+class ActivationWriter:
+    """Fills one store. Make it with `create` or `open`."""
+
+    def __init__(self, backend: Backend, spec: StoreSpec) -> None:
+        self.spec = spec
+        self._backend = backend
+        self._log = CommitLog(backend, spec.fingerprint, spec.n_shards)
+
+    @classmethod
+    def create(
+        cls,
+        path: Path,
+        spec: StoreSpec,
+        *,
+        tokens: NDArray[np.integer[Any]],
+        document: NDArray[np.integer[Any]],
+        position: NDArray[np.integer[Any]],
+        sidecars: Mapping[str, bytes] | None = None,
+        backend: Backend | None = None,
+    ) -> ActivationWriter:
+        """Creates the store, or opens the one that is there if it was created from the same spec and tables.
+
+        Args:
+            tokens, document, position: integers [n_contexts, context_length]; `document` is the row in the caller's own
+                table of documents, `position` counts from 0 in each document piece.
+            sidecars: files to keep beside the data, by file name; opaque here and not compared when the store exists.
+        Raises: ValueError for tables of another shape; SpecMismatchError if the store there is another one;
+            AlreadyExistsError if something else is there.
+        """
+        backend = backend or LocalBackend(path)
+        tables = {
+            name: _checked_table(name, table, spec)
+            for name, table in zip(TABLE_NAMES, (tokens, document, position), strict=True)
+        }
+        sidecars = dict(sidecars or {})
+        for name in sidecars:
+            if not name or "/" in name or name.startswith(".") or name in RESERVED:
+                raise ValueError(f"A sidecar must have a plain file name that the store does not use, got {name!r}.")
+        digests = {name: hashlib.sha256(np.ascontiguousarray(table).data).hexdigest() for name, table in tables.items()}
+        if not backend.create(_store_files(spec, tables, digests, sidecars)):
+            _require_same_store(backend, spec, digests)
+        return cls.open(path, backend=backend)
+
+    @classmethod
+    def open(cls, path: Path, *, backend: Backend | None = None) -> ActivationWriter:
+        """Opens a store that `create` made, and finishes what killed workers left committed but not installed.
+
+        Raises: NotFoundError if there is none; FormatError if it is of a newer format version.
+        """
+        backend = backend or LocalBackend(path)
+        writer = cls(backend, read_spec(backend))
+        writer._log.recover()
+        return writer
+
+    def missing(self) -> list[int]:
+        """Shards still to be written, ascending. Reads the directory each time, so it sees other workers' commits."""
+        return self._log.missing()
+
+    def write_shard(
+        self, shard: int, activations: Mapping[str, NDArray[Any]], *, info: Mapping[str, Any] | None = None
+    ) -> Receipt:
+        """Stores all hooks of one shard, or nothing. Returns when the shard survives a power cut.
+
+        Args:
+            activations: per hook name [n_contexts of the shard, context_length, d_in]; for a bfloat16 hook uint16 (the
+                bits) or floats, which are rounded to nearest even; otherwise floats.
+            info: JSON values to keep in the commit: versions, device, time. Not part of any digest.
+        Returns: the receipt of the commit that stands, this call's or an earlier one's.
+        Raises: ValueError if hooks, shapes or dtypes are not those of the spec.
+        """
+        start, stop = self.spec.shard_range(shard)
+        rows = self._checked_rows(shard, activations)
+        standing = self._log.read(shard)
+        if standing is not None:
+            self._log.roll_forward(standing)
+            return self._receipt(standing, written=False)
+        attempt = self._log.begin(shard)
+        with attempt.removed_on_error():
+            statistics = {
+                hook.name: self._stage_hook(attempt, shard, hook, rows[hook.name]) for hook in self.spec.hooks
+            }
+        payload = {
+            "contexts": [start, stop],
+            "statistics": {name: value.to_json() for name, value in statistics.items()},
+            "info": dict(info or {}),
+        }
+        commit, won = self._log.commit(attempt, payload)
+        return self._receipt(commit, written=won)
+
+    def seal(self) -> None:
+        """Declares the store complete, with the statistics of all shards merged. Readers open sealed stores.
+
+        Raises: IncompleteError listing the missing shards; CorruptionError if a committed file is gone or has another
+            size.
+        """
+        self._log.recover()
+        self._log.require_complete()
+        self._log.seal({"statistics": merged_statistics(self._log, self.spec)})
+
+    def discard(self, shard: int) -> None:
+        """Takes back a damaged shard so that `missing` lists it again, and unseals the store.
+
+        No reader or other writer may be at work.
+        """
+        self.spec.shard_range(shard)
+        self._log.discard(shard)
+
+    def _stage_hook(self, attempt: Attempt, shard: int, hook: HookSpec, rows: NDArray[Any]) -> Statistics:
+        array, norms_layout = activations_array(self.spec, hook), norms_array(self.spec, hook)
+        with ThreadPoolExecutor(
+            max_workers=1
+        ) as pool:  # one thread writes and syncs while this one takes the statistics
+            writing = pool.submit(attempt.write, array.file_key(shard), file_buffers(array, shard, rows))
+            statistics, norms = summarise(rows)
+            writing.result()
+        attempt.write(norms_layout.file_key(shard), file_buffers(norms_layout, shard, norms))
+        return statistics
+
+    def _checked_rows(self, shard: int, activations: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Stored rows [n_rows, d_in] per canonical hook name."""
+        given = {self.spec.hook(name).name: values for name, values in activations.items()}
+        start, stop = self.spec.shard_range(shard)
+        problems, rows = [], {}
+        for hook in self.spec.hooks:
+            values = given.get(hook.name)
+            shape = (stop - start, self.spec.context_length, hook.d_in)
+            if values is None:
+                problems.append(f"hook {hook.name!r} is absent")
+            elif values.shape != shape:
+                problems.append(f"hook {hook.name!r} must have shape {shape}, got {values.shape}")
+            elif not (values.dtype.kind == "f" or (values.dtype == np.uint16 and hook.dtype == "bfloat16")):
+                problems.append(f"hook {hook.name!r} must hold {hook.dtype} values, got {values.dtype}")
+            else:
+                stored = activations_array(self.spec, hook).dtype
+                if values.dtype != stored:
+                    values = to_bfloat16_bits(values) if hook.dtype == "bfloat16" else values.astype(stored)
+                rows[hook.name] = np.ascontiguousarray(values).reshape(-1, hook.d_in)
+        if problems:
+            raise ValueError(
+                f"The activations of shard {shard} do not fit the store at {self._backend.location()}: "
+                + "; ".join(problems)
+                + "."
+            )
+        return rows
+
+    def _receipt(self, commit: Commit, *, written: bool) -> Receipt:
+        start, stop = self.spec.shard_range(commit.shard)
+        digests = {file.key: file.sha256 for file in commit.files}
+        n_tokens = (stop - start) * self.spec.context_length
+        return Receipt(commit.shard, n_tokens, commit.n_bytes, digests, written)
+
+
+def file_buffers(array: ArrayLayout, file: int, rows: NDArray[Any]) -> Iterator[Buffer]:
+    """The bytes of one file of an array, chunk by chunk; nothing is copied but the last, padded chunk."""
+    for start in range(0, len(rows), array.rows_per_chunk):
+        chunk = rows[start : start + array.rows_per_chunk]
+        if len(chunk) < array.rows_per_chunk:
+            padded = np.full((array.rows_per_chunk, *array.shape[1:]), fill_value(array.dtype), array.dtype)
+            padded[: len(chunk)] = chunk
+            chunk = padded
+        yield chunk
+        yield crc32c(chunk)
+    if array.sharded:
+        yield encode_index(array.slots_per_file, array.chunks_in_file(file), array.stored_chunk_bytes)
+
+
+def merged_statistics(log: CommitLog, spec: StoreSpec) -> dict[str, Any]:
+    """Statistics per hook over all committed shards, in JSON form."""
+    parts: dict[str, list[Statistics]] = {hook.name: [] for hook in spec.hooks}
+    for shard in log.committed():
+        commit = log.read(shard)
+        for name in parts:
+            if commit is not None:
+                parts[name].append(Statistics.from_json(commit.payload["statistics"][name]))
+    return {name: merge(values).to_json() for name, values in parts.items()}
+
+
+def read_spec(backend: Backend) -> StoreSpec:
+    """The spec of the store.
+
+    Raises: NotFoundError if there is no store; FormatError if it is of a newer format version.
+    """
+    try:
+        data = backend.read(SPEC)
+    except NotFoundError as error:
+        raise NotFoundError(
+            f"There must be an activation store at {backend.location()}, but it has no {SPEC}. "
+            f"Check the path, or run the stage that collects activations."
+        ) from error
+    return StoreSpec.from_json(parse_json_object(data, backend.location(SPEC)), where=backend.location(SPEC))
+
+
+def _checked_table(name: str, table: NDArray[np.integer[Any]], spec: StoreSpec) -> NDArray[np.int32]:
+    shape = (spec.n_contexts, spec.context_length)
+    if table.shape != shape or table.dtype.kind not in "iu":
+        raise ValueError(f"{name} must hold integers of shape {shape}, got {table.dtype} of shape {table.shape}.")
+    if table.min() < 0 or table.max() > np.iinfo(np.int32).max:
+        raise ValueError(f"{name} must lie in [0, 2^31), got values in [{table.min()}, {table.max()}].")
+    return table.astype(np.int32)
+
+
+def _store_files(
+    spec: StoreSpec, tables: Mapping[str, NDArray[np.int32]], digests: Mapping[str, str], sidecars: Mapping[str, bytes]
+) -> Iterator[tuple[str, Buffer]]:
+    """Every file that a store has from the start, with its key."""
+    written = {}
+
+    def record(key: str, data: bytes) -> tuple[str, Buffer]:
+        written[key] = {"n_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        return key, data
+
+    yield SPEC, canonical_json(spec.to_json())
+    for key, data in metadata_files(spec).items():
+        yield record(key, data)
+    for name, table in tables.items():
+        array = table_array(spec, name)
+        for file in range(array.n_files):
+            rows = table[file * array.rows_per_file : (file + 1) * array.rows_per_file]
+            yield record(array.file_key(file), b"".join(bytes(buffer) for buffer in file_buffers(array, file, rows)))
+    for name, data in sidecars.items():
+        yield record(name, data)
+    yield (
+        TABLES,
+        canonical_json(
+            {
+                "format_version": FORMAT_VERSION,
+                "fingerprint": spec.fingerprint,
+                "tables": dict(digests),
+                "files": written,
+            }
+        ),
+    )
+    for directory in (COMMITS, STAGING):
+        yield f"{directory}/{KEEP}", b""
+
+
+def _require_same_store(backend: Backend, spec: StoreSpec, digests: Mapping[str, str]) -> None:
+    """Raises unless the store that stands there was created from the same spec and tables."""
+    try:
+        stored = parse_json_object(backend.read(SPEC), backend.location(SPEC))
+    except NotFoundError as error:
+        raise AlreadyExistsError(
+            f"A store is to be created at {backend.location()}, but something else stands there. Choose another path, "
+            "or remove it."
+        ) from error
+    check_version(stored, backend.location(SPEC))
+    require_equal_settings(stored, spec.to_json(), backend.location())
+    old = read_tables(backend, spec)["tables"]
+    differing = [name for name in TABLE_NAMES if old.get(name) != digests[name]]
+    if differing:
+        raise SpecMismatchError(
+            f"The store at {backend.location()} has the same settings but other {', '.join(differing)}: the text or "
+            "its packing changed "
+            f"and the provenance does not say so. Use another path."
+        )
+
+
+def read_tables(backend: Backend, spec: StoreSpec) -> dict[str, Any]:
+    """`tables.json`: digests of everything that a store has from the start."""
+    value = parse_json_object(backend.read(TABLES), backend.location(TABLES))
+    if value.get("fingerprint") != spec.fingerprint:
+        raise CorruptionError(
+            f"{backend.location(TABLES)} belongs to the store {str(value.get('fingerprint'))[:12]}, but {SPEC} is "
+            "that of "
+            f"{spec.fingerprint[:12]}: one of the two was changed or copied here. Restore them."
+        )
+    return value

@@ -1,0 +1,340 @@
+"""The dictionary folder: a round trip for every architecture, each kind of damage, and SAELens reading it."""
+
+import hashlib
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sae import (
+    SAE,
+    BatchTopKConfig,
+    BatchTopKSAE,
+    Dictionary,
+    JumpReLUConfig,
+    JumpReLUSAE,
+    SAEConfig,
+    TopKConfig,
+    build,
+)
+
+CONFIGS = [
+    TopKConfig(d_in=6, d_sae=24, k=3),
+    BatchTopKConfig(d_in=6, d_sae=24, k=3),
+    JumpReLUConfig(d_in=6, d_sae=24),
+]
+GOLDEN = Path(__file__).parent / "golden"
+X = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+
+
+def random_sae(config: SAEConfig) -> SAE:
+    sae = build(config, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for tensor in sae.parameters():
+            tensor.add_(torch.randn(tensor.shape, generator=generator) * 0.1)
+    if isinstance(sae, BatchTopKSAE):
+        sae.threshold.fill_(0.4)
+    if isinstance(sae, JumpReLUSAE):
+        sae.threshold.copy_(torch.rand(24, generator=generator))
+    return sae
+
+
+def saved(folder: Path, config: SAEConfig = CONFIGS[1]) -> Path:
+    dictionary = Dictionary(random_sae(config), hook_name="model.layers.8", metadata={"model_name": "tiny"})
+    return dictionary.save(
+        folder / "main", provenance={"run": "r1"}, metrics={"fvu": 0.25}, sparsity=torch.linspace(0, 1, 24)
+    )
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.architecture)
+def test_dictionary_round_trips(config: SAEConfig, tmp_path: Path) -> None:
+    loaded = Dictionary.load(saved(tmp_path, config))
+    sae = random_sae(config)
+    assert loaded.config == config
+    assert torch.equal(loaded.encode(X), sae.encode(X))
+    assert torch.equal(loaded.decode(loaded.encode(X)), sae(X).x_hat)
+    assert (loaded.hook_name, loaded.d_in, loaded.d_sae) == ("model.layers.8", 6, 24)
+    assert (loaded.provenance, loaded.metrics) == ({"run": "r1"}, {"fvu": 0.25})
+    assert loaded.metadata["model_name"] == "tiny"
+    assert torch.equal(loaded.W_dec, sae.W_dec)
+    assert not loaded.encode(X).requires_grad
+    assert loaded.features is None
+
+
+def test_dictionary_saved_again_is_the_same_folder(tmp_path: Path) -> None:
+    first = saved(tmp_path)
+    again = Dictionary.load(first).save(tmp_path / "again")
+    for name in ("cfg.json", "sae_weights.safetensors", "dictionary.json"):
+        assert (again / name).read_bytes() == (first / name).read_bytes(), name
+
+
+def test_dictionary_writes_the_layout_that_saelens_reads(tmp_path: Path) -> None:
+    """Batchtopk appears as jumprelu with one threshold per latent; the version keeps SAELens from its old-file path."""
+    folder = saved(tmp_path)
+    cfg = json.loads((folder / "cfg.json").read_text())
+    metadata = cfg.pop("metadata")
+    assert cfg == {
+        "architecture": "jumprelu",
+        "d_in": 6,
+        "d_sae": 24,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+    }
+    assert metadata == {
+        "sae_lens_version": "6.54.12",
+        "training_architecture": "batchtopk",
+        "model_name": "tiny",
+        "hook_name": "model.layers.8",
+    }
+    tensors = load_file(folder / "sae_weights.safetensors")
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {
+        "W_enc": (6, 24),
+        "b_enc": (24,),
+        "W_dec": (24, 6),
+        "b_dec": (6,),
+        "threshold": (24,),
+    }
+    sparsity = load_file(folder / "sparsity.safetensors")["sparsity"]
+    torch.testing.assert_close(sparsity, (torch.linspace(0, 1, 24) + 1e-10).log10())
+    record = json.loads((folder / "dictionary.json").read_text())
+    assert record["schema_version"] == 1
+    assert record["config"] == {"architecture": "batchtopk", "d_in": 6, "d_sae": 24, "k": 3}
+    assert record["sha256"]["cfg.json"] == hashlib.sha256((folder / "cfg.json").read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "jumprelu"])
+def test_golden_folders_of_schema_1_still_load(architecture: str) -> None:
+    expected = load_file(GOLDEN / "schema1.safetensors")
+    dictionary = Dictionary.load(GOLDEN / f"schema1-{architecture}")
+    assert dictionary.config.architecture == architecture
+    torch.testing.assert_close(dictionary.encode(expected["x"]), expected[architecture])
+
+
+@pytest.mark.parametrize("architecture", ["topk", "standard", "jumprelu"])
+def test_folder_written_by_saelens_loads_and_encodes_as_there(architecture: str) -> None:
+    folder = GOLDEN / f"saelens-{architecture}"
+    expected = load_file(folder / "expected.safetensors")
+    dictionary = Dictionary.load(folder)
+    torch.testing.assert_close(dictionary.encode(expected["x"]), expected["latent_acts"], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(dictionary.decode(expected["latent_acts"]), expected["x_hat"], atol=1e-5, rtol=1e-5)
+    assert dictionary.hook_name == "model.layers.8"
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.architecture)
+def test_saelens_loads_the_folder_and_encodes_the_same(config: SAEConfig, tmp_path: Path) -> None:
+    python = Path(__file__).parents[2] / ".venv-peers" / "bin" / "python"
+    if not python.exists():
+        pytest.skip("needs sae-lens in .venv-peers; `make peers` builds it")
+    folder = saved(tmp_path, config)
+    save_file({"x": X}, tmp_path / "x.safetensors")
+    script = (
+        "import sys, torch; from sae_lens import SAE; from safetensors.torch import load_file, save_file\n"
+        "sae = SAE.load_from_disk(sys.argv[1]); x = load_file(sys.argv[2])['x']; f = sae.encode(x)\n"
+        "save_file({'f': f.detach().contiguous(), 'x_hat': sae.decode(f).detach().contiguous()}, sys.argv[3])\n"
+    )
+    command = [str(python), "-c", script, str(folder), str(tmp_path / "x.safetensors"), str(tmp_path / "y.safetensors")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    theirs = load_file(tmp_path / "y.safetensors")
+    sae = random_sae(config)
+    torch.testing.assert_close(theirs["f"], sae.encode(X).detach(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(theirs["x_hat"], sae(X).x_hat.detach(), atol=1e-5, rtol=1e-5)
+
+
+# ---- what a reader does with foreign settings ----------------------------------------------------------------------
+
+
+def foreign(folder: Path, change: Callable[[dict[str, object], dict[str, torch.Tensor]], None]) -> Path:
+    """A folder without dictionary.json, as SAELens writes it, after `change` to its configuration and tensors."""
+    path = saved(folder, CONFIGS[0])
+    (path / "dictionary.json").unlink()
+    cfg, tensors = json.loads((path / "cfg.json").read_text()), load_file(path / "sae_weights.safetensors")
+    change(cfg, tensors)
+    (path / "cfg.json").write_text(json.dumps(cfg))
+    save_file(tensors, path / "sae_weights.safetensors")
+    return path
+
+
+def test_encoder_without_b_dec_is_folded(tmp_path: Path) -> None:
+    path = foreign(tmp_path, lambda cfg, tensors: cfg.update(apply_b_dec_to_input=False))
+    sae = random_sae(CONFIGS[0])
+    with torch.no_grad():
+        expected = sae.activate(X @ sae.W_enc + sae.b_enc)
+    torch.testing.assert_close(Dictionary.load(path).encode(X), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_rescaling_by_decoder_norm_is_folded(tmp_path: Path) -> None:
+    path = foreign(tmp_path, lambda cfg, tensors: cfg.update(rescale_acts_by_decoder_norm=True))
+    sae = random_sae(CONFIGS[0])
+    with torch.no_grad():
+        norm = sae.W_dec.norm(dim=1)
+        scaled = sae.activate(sae.pre_acts(X) * norm)
+        expected = (scaled / norm) @ sae.W_dec + sae.b_dec
+    loaded = Dictionary.load(path)
+    torch.testing.assert_close(loaded.encode(X), scaled, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(loaded.decode(scaled), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda cfg, t: cfg.update(architecture="gated"), r"`architecture` must be one of topk, .*got 'gated'"),
+        (lambda cfg, t: cfg.update(normalize_activations="layer_norm"), r"`normalize_activations` must be 'none'"),
+        (lambda cfg, t: cfg.pop("k"), "keys k are missing"),
+        (lambda cfg, t: t.pop("b_enc"), "tensor `b_enc` is missing"),
+        (lambda cfg, t: t.update(extra=torch.zeros(1)), "tensor `extra` is not part of a topk"),
+        (lambda cfg, t: t.update(W_enc=torch.zeros(24, 6)), r"`W_enc` must have shape \(6, 24\), got \(24, 6\)"),
+        (lambda cfg, t: t["b_dec"].fill_(float("nan")), "tensor `b_dec` holds NaN or infinity"),
+    ],
+)
+def test_load_names_the_files_and_the_key_that_is_wrong(
+    change: Callable[[dict[str, object], dict[str, torch.Tensor]], None], message: str, tmp_path: Path
+) -> None:
+    path = foreign(tmp_path, change)
+    with pytest.raises(ValueError, match=rf"dictionary in .*main.*sae_weights\.safetensors.*{message}"):
+        Dictionary.load(path)
+
+
+def test_load_lists_all_wrong_tensors_at_once(tmp_path: Path) -> None:
+    def change(cfg: dict[str, object], tensors: dict[str, torch.Tensor]) -> None:
+        del tensors["b_enc"]
+        tensors["b_dec"].fill_(float("inf"))
+
+    with pytest.raises(ValueError, match=r"`b_dec` holds NaN or infinity; tensor `b_enc` is missing"):
+        Dictionary.load(foreign(tmp_path, change))
+
+
+# ---- damage --------------------------------------------------------------------------------------------------------
+
+
+def test_load_refuses_an_edited_cfg(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    (path / "cfg.json").write_text((path / "cfg.json").read_text() + " ")
+    with pytest.raises(ValueError, match=r"cfg\.json is not the file that dictionary\.json records.*authoritative"):
+        Dictionary.load(path)
+
+
+def test_load_refuses_weights_with_a_flipped_bit_unless_told_not_to_look(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    weights = bytearray((path / "sae_weights.safetensors").read_bytes())
+    weights[-3] ^= 1
+    (path / "sae_weights.safetensors").write_bytes(weights)
+    with pytest.raises(ValueError, match=r"sae_weights\.safetensors is not the file that dictionary\.json records"):
+        Dictionary.load(path)
+    Dictionary.load(path, verify=False)
+
+
+def test_load_refuses_a_truncated_weights_file(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    weights = (path / "sae_weights.safetensors").read_bytes()
+    (path / "sae_weights.safetensors").write_bytes(weights[:-7])
+    with pytest.raises(ValueError, match="must be a safetensors file"):
+        Dictionary.load(path, verify=False)
+
+
+@pytest.mark.parametrize("name", ["cfg.json", "sae_weights.safetensors"])
+def test_load_refuses_a_folder_without_a_needed_file(name: str, tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    (path / name).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"{name} is missing"):
+        Dictionary.load(path)
+
+
+def test_load_refuses_another_schema_and_a_record_without_its_keys(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    record = json.loads((path / "dictionary.json").read_text())
+    for change, message in (
+        ({"schema_version": 2}, r"`schema_version` in .*dictionary\.json must be 1, got 2"),
+        ({"sha256": {}}, r"dictionary\.json must hold `config` and `sha256`"),
+        ({"config": {"architecture": "topkk"}}, r"`config` in .*dictionary\.json cannot be read.*Did you mean `topk`"),
+    ):
+        (path / "dictionary.json").write_text(json.dumps(record | change))
+        with pytest.raises(ValueError, match=message):
+            Dictionary.load(path)
+
+
+@pytest.mark.parametrize("content", ["{", "[1]"])
+def test_load_refuses_what_is_not_a_json_object(content: str, tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    (path / "dictionary.json").write_text(content)
+    with pytest.raises(ValueError, match=r"dictionary\.json must hold (JSON|a JSON object)"):
+        Dictionary.load(path)
+
+
+def test_load_refuses_a_batchtopk_with_several_thresholds(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    tensors = load_file(path / "sae_weights.safetensors")
+    tensors["threshold"][3] += 1
+    save_file(tensors, path / "sae_weights.safetensors")
+    with pytest.raises(ValueError, match="`threshold` of a batchtopk must hold one value"):
+        Dictionary.load(path, verify=False)
+
+
+# ---- folders, features, hooks --------------------------------------------------------------------------------------
+
+
+def test_save_refuses_an_existing_folder_and_replaces_it_when_told(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    (path / "features.parquet").write_bytes(b"stale")
+    with pytest.raises(FileExistsError, match="exists already"):
+        saved(tmp_path)
+    Dictionary(random_sae(CONFIGS[0])).save(path, overwrite=True)
+    assert Dictionary.load(path).config == CONFIGS[0]
+    assert not (path / "features.parquet").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["main"]
+
+
+def test_save_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Out of range float values"):
+        Dictionary(random_sae(CONFIGS[0])).save(tmp_path / "main", metrics={"fvu": float("nan")})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_features_are_read_lazily_as_a_table(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.table({"latent": list(range(24)), "label": ["x"] * 24})
+    path = Dictionary(random_sae(CONFIGS[0])).save(tmp_path / "main", features=table)
+    assert Dictionary.load(path).features.equals(table)
+
+
+def test_log10_frequency_is_what_was_saved(tmp_path: Path) -> None:
+    loaded = Dictionary.load(saved(tmp_path)).log10_frequency
+    assert loaded is not None
+    torch.testing.assert_close(loaded, (torch.linspace(0, 1, 24) + 1e-10).log10())
+
+
+def test_load_asks_the_resolver_for_what_is_no_folder(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    with pytest.raises(FileNotFoundError, match="A dictionary is a folder, but user/repo is not one"):
+        Dictionary.load("user/repo")
+    Dictionary.register_resolver(lambda name: path if name == "user/repo" else tmp_path / "nothing")
+    try:
+        assert Dictionary.load("user/repo").config == CONFIGS[1]
+        with pytest.raises(FileNotFoundError, match="A dictionary is a folder"):
+            Dictionary.load("user/other")
+    finally:
+        Dictionary.register_resolver(None)
+
+
+def test_attach_uses_the_hook_of_the_dictionary_and_refuses_without_one() -> None:
+    model = torch.nn.Sequential(torch.nn.Identity())
+    with Dictionary(random_sae(CONFIGS[0]), hook_name="0").attach(model, splice=True) as tap:
+        spliced = model(X)
+    torch.testing.assert_close(spliced, random_sae(CONFIGS[0])(X).x_hat)
+    torch.testing.assert_close(tap.latents, random_sae(CONFIGS[0]).encode(X))
+    with pytest.raises(ValueError, match="does not record its hook"):
+        Dictionary(random_sae(CONFIGS[0])).attach(model)
+
+
+def test_to_moves_the_weights(tmp_path: Path) -> None:
+    dictionary = Dictionary.load(saved(tmp_path)).to(dtype=torch.bfloat16)
+    assert dictionary.W_dec.dtype == torch.bfloat16
+    assert dictionary.encode(X).dtype == torch.bfloat16

@@ -1,0 +1,76 @@
+"""Two processes with half of each batch take the steps that one process takes with all of it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from sae import BatchTopKConfig, StepMetrics, TopKConfig, Trainer, TrainerConfig, build
+from sae.parallel import Group
+
+D_IN, D_SAE, BATCH, N_STEPS = 16, 64, 128, 20
+
+
+def batches() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    mixing = torch.randn(40, D_IN, generator=generator)
+    return [torch.rand(BATCH, 40, generator=generator).pow(8) @ mixing + 10 for _ in range(N_STEPS)]
+
+
+def train(architecture: str, part: slice) -> tuple[Trainer, list[StepMetrics]]:
+    config = (BatchTopKConfig if architecture == "batchtopk" else TopKConfig)(d_in=D_IN, d_sae=D_SAE, k=4)
+    # A low threshold for "dead" exercises AuxK as well.
+    run = Trainer(build(config, seed=dist_rank()), TrainerConfig(dead_threshold_tokens=2 * BATCH), N_STEPS)
+    history: list[StepMetrics] = []
+    run.fit([x[part] for x in batches()], history.append)
+    return run, history
+
+
+def dist_rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def worker(rank: int, architecture: str, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=2)
+    try:
+        run, history = train(architecture, slice(rank, None, 2))
+        torch.save({"state": run.sae.state_dict(), "history": [list(m) for m in history]}, folder / f"{rank}.pt")
+        values, own = Group().gather_values(torch.full((rank + 1,), float(rank)))
+        assert values.tolist() == [0.0, 1.0, 1.0]
+        assert own == slice(rank, 2 * rank + 1)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk"])
+def test_two_processes_equal_one(architecture: str, tmp_path: Path) -> None:
+    mp.spawn(worker, args=(architecture, tmp_path), nprocs=2)  # type: ignore[no-untyped-call]
+    one, history = train(architecture, slice(None))
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert max(m.dead for m in history) > 0
+    for name, tensor in one.sae.state_dict().items():
+        assert torch.equal(first["state"][name], second["state"][name]), name
+        difference = (first["state"][name] - tensor).norm() / tensor.norm()
+        assert float(difference) <= 1e-5, name
+    torch.testing.assert_close(
+        torch.tensor(first["history"], dtype=torch.float64),
+        torch.tensor([list(m) for m in history], dtype=torch.float64),
+        rtol=1e-4,
+        atol=1e-6,
+    )
+
+
+def test_one_process_exchanges_nothing() -> None:
+    group = Group()
+    x = torch.randn(5, 3)
+    assert (group.rank, group.world_size) == (0, 1)
+    assert group.sum(x) is x
+    assert group.any(x) is x
+    assert group.gather_values(x[:, 0])[1] == slice(0, 5)
+    assert group.sum_int(7) == 7
+    variance, n_tokens = group.total_variance(x)
+    assert n_tokens == 5
+    torch.testing.assert_close(variance, x.var(dim=0, correction=0).sum())

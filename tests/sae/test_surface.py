@@ -1,0 +1,45 @@
+import subprocess
+import sys
+
+import sae
+
+
+def test_public_surface_is_pinned() -> None:
+    assert sae.__all__ == [
+        "FVU",
+        "L0",
+        "SAE",
+        "ActivationFrequency",
+        "BatchTopKConfig",
+        "BatchTopKSAE",
+        "Dictionary",
+        "Edit",
+        "JumpReLUConfig",
+        "JumpReLUSAE",
+        "SAEConfig",
+        "SAEOutput",
+        "SparseLatents",
+        "StepMetrics",
+        "StopTraining",
+        "Tap",
+        "TopKConfig",
+        "TopKSAE",
+        "Trainer",
+        "TrainerConfig",
+        "attach",
+        "build",
+        "config_from_dict",
+        "find_module",
+        "latest_checkpoint",
+        "load_checkpoint",
+        "replace_activations",
+        "save_checkpoint",
+    ]
+    assert all(hasattr(sae, name) for name in sae.__all__)
+
+
+def test_import_needs_torch_numpy_safetensors_and_jaxtyping_only() -> None:
+    foreign = "('pyarrow', 'transformers', 'ray', 'zarr', 'pydantic', 'scipy', 'pandas', 'storage', 'pipelines')"
+    code = f"import sae, sys; found = [m for m in {foreign} if m in sys.modules]; sys.exit(str(found) if found else 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

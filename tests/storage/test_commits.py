@@ -1,0 +1,177 @@
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import example_store
+import pytest
+
+from storage import ActivationStore, ActivationWriter, CorruptionError, FormatError, StorageError, verify
+from storage.backends import LocalBackend
+from storage.commits import CommitLog
+
+HERE = Path(__file__).parent
+N_KILLS = 16
+
+
+def start(path: Path, kill_at: int, seed: int = 0) -> subprocess.Popen[str]:
+    environment = os.environ | {"PYTHONPATH": str(HERE.parent.parent), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(HERE / "faulty_writer.py"), str(path), str(kill_at), str(seed)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def run_killed(path: Path, kill_at: int) -> None:
+    process = start(path, kill_at)
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+
+
+@pytest.fixture(scope="module")
+def n_places(tmp_path_factory: pytest.TempPathFactory) -> int:
+    """Places at which an undisturbed run could have died."""
+    process = start(tmp_path_factory.mktemp("undisturbed") / "s", 0)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    return int(printed)
+
+
+def assert_undisturbed(path: Path, built: Path) -> None:
+    """The store is what a run without faults leaves."""
+    assert example_store.contents(path) == example_store.contents(built)
+    assert [file.name for file in (path / "staging").iterdir()] == [".keep"]
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    assert verify(path) == []
+
+
+def test_run_killed_anywhere_resumes_to_the_same_bytes(n_places: int, built: Path, tmp_path: Path) -> None:
+    assert n_places > 100
+    chosen = random.Random(0).sample(range(1, n_places + 1), N_KILLS)
+    for kill_at in chosen:
+        path = tmp_path / str(kill_at) / "s"
+        run_killed(path, kill_at)
+        example_store.build(path)
+        assert_undisturbed(path, built)
+
+
+@pytest.mark.slow
+def test_run_killed_at_every_place_resumes_to_the_same_bytes(n_places: int, built: Path, tmp_path: Path) -> None:
+    for kill_at in range(1, n_places + 1):
+        path = tmp_path / str(kill_at) / "s"
+        run_killed(path, kill_at)
+        example_store.build(path)
+        assert_undisturbed(path, built)
+        shutil.rmtree(path.parent)
+
+
+def test_run_killed_again_and_again_resumes_to_the_same_bytes(built: Path, tmp_path: Path) -> None:
+    path, places = tmp_path / "s", random.Random(1)
+    for _ in range(6):
+        run_killed(path, places.randint(5, 40))
+    example_store.build(path)
+    assert_undisturbed(path, built)
+
+
+def test_reader_sees_no_store_before_it_is_sealed(n_places: int, tmp_path: Path) -> None:
+    for kill_at in (1, n_places // 2, n_places - 30):
+        run_killed(tmp_path / "s", kill_at)
+        with pytest.raises(StorageError):
+            ActivationStore.open(tmp_path / "s")
+        shutil.rmtree(tmp_path / "s", ignore_errors=True)
+
+
+def test_two_writers_racing_for_every_shard_leave_whole_shards(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    processes = [start(path, 0, seed) for seed in (1, 2, 3)]
+    for process in processes:
+        process.communicate(timeout=60)
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    assert verify(path) == []
+    store, spec = ActivationStore.open(path), example_store.spec()
+    candidates = [example_store.activations(spec, seed) for seed in (1, 2, 3)]
+    for shard in range(spec.n_shards):
+        start_, stop = spec.shard_range(shard)
+        read = {hook.name: store.activations_numpy(hook.name, start_, stop) for hook in spec.hooks}
+        owners = [all((read[hook] == values[hook][start_:stop]).all() for hook in read) for values in candidates]
+        assert sum(owners) == 1
+
+
+def test_zombie_that_wakes_up_after_the_commit_changes_nothing(built: Path, tmp_path: Path) -> None:
+    writer = example_store.create(tmp_path / "s")
+    log = CommitLog(LocalBackend(tmp_path / "s"), writer.spec.fingerprint, writer.spec.n_shards)
+    late, very_late = log.begin(0), log.begin(1)
+    late.write("data.zarr/zombie", [b"zombie"])
+    very_late.write("data.zarr/zombie", [b"zombie"])
+    example_store.fill(writer)
+    assert log.commit(late, {})[1] is False
+    writer.seal()
+    assert log.commit(very_late, {})[1] is False
+    assert_undisturbed(tmp_path / "s", built)
+
+
+def test_nothing_uncommitted_stands_at_a_final_key(tmp_path: Path) -> None:
+    writer = example_store.create(tmp_path / "s")
+    before = example_store.contents(tmp_path / "s")
+    log = CommitLog(LocalBackend(tmp_path / "s"), writer.spec.fingerprint, writer.spec.n_shards)
+    log.begin(0).write("data.zarr/hooks/new", [b"bytes"])
+    assert example_store.contents(tmp_path / "s") == before
+
+
+def test_opening_installs_what_a_killed_writer_committed(tmp_path: Path) -> None:
+    writer = example_store.create(tmp_path / "s")
+    log = CommitLog(LocalBackend(tmp_path / "s"), writer.spec.fingerprint, writer.spec.n_shards)
+    attempt = log.begin(0)
+    attempt.write("extra/file", [b"by", b"tes"])
+    rival = log.begin(0)
+    rival.write("extra/file", [b"other"])
+    log.roll_forward = lambda commit: None  # type: ignore[method-assign]  # the writer dies here
+    log.commit(attempt, {})
+    assert not (tmp_path / "s/extra").exists()
+    ActivationWriter.open(tmp_path / "s")
+    assert (tmp_path / "s/extra/file").read_bytes() == b"bytes"
+    assert [file.name for file in (tmp_path / "s/staging").iterdir()] == [".keep"]
+
+
+def test_vanished_staging_is_reported_not_committed(tmp_path: Path) -> None:
+    writer = example_store.create(tmp_path / "s")
+    log = CommitLog(LocalBackend(tmp_path / "s"), writer.spec.fingerprint, writer.spec.n_shards)
+
+    class Vanishing(LocalBackend):
+        def publish(self, source: str, key: str) -> bool:
+            shutil.rmtree(self.root / "staging")
+            return super().publish(source, key)
+
+    log.backend = Vanishing(tmp_path / "s")
+    with pytest.raises(StorageError, match="staged files of shard 0 vanished"):
+        log.commit(log.begin(0), {})
+    assert writer.missing() == [0, 1, 2]
+
+
+def test_commit_of_another_store_is_refused(damaged: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    example_store.build(other, example_store.spec(seed=5))
+    shutil.copy(other / "commits/000001.json", damaged / "commits/000001.json")
+    log = CommitLog(LocalBackend(damaged), example_store.spec().fingerprint, 3)
+    with pytest.raises(
+        CorruptionError, match=r"must be the commit of shard 1 of the store .* copied here from elsewhere"
+    ):
+        log.read(1)
+    shutil.copy(other / "seal.json", damaged / "seal.json")
+    with pytest.raises(CorruptionError, match=r"seals the store .* copied here from elsewhere"):
+        ActivationStore.open(damaged)
+
+
+def test_malformed_commit_is_a_format_error(damaged: Path) -> None:
+    log = CommitLog(LocalBackend(damaged), example_store.spec().fingerprint, 3)
+    path = damaged / "commits/000001.json"
+    path.write_text(path.read_text().replace('"sha256"', '"sha"'))
+    with pytest.raises(FormatError, match="is not a commit of format version 1"):
+        log.read(1)
+    path.write_text("{")
+    with pytest.raises(FormatError, match="must be a JSON object, but it does not parse"):
+        log.read(1)
+    path.write_text("[]")
+    with pytest.raises(FormatError, match="must be a JSON object, but it holds a list"):
+        log.read(1)
