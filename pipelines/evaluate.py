@@ -75,8 +75,8 @@ def evaluate_reconstruction(
         "n_latents": dictionary.d_sae,
         "n_heldout_tokens": int(frequency.n_tokens),
         "n_heldout_tokens_all": (stop - start) * store.spec.context_length,
-        "activation_frequency_log10_edges": [round(edge, 6) for edge in edges.tolist()],
-        "activation_frequency_counts": histogram.tolist(),
+        "activation_frequency_log10_edges": [round(float(edge), 6) for edge in edges],
+        "activation_frequency_counts": [int(count) for count in histogram],
     }
 
 

@@ -94,7 +94,7 @@ _BY_ARCHITECTURE: dict[str, type[SAEConfig]] = {
 
 
 def nearest(word: str, known: list[str]) -> str:
-    """ " (did you mean …?)" when a known word is close, otherwise the whole list; for error messages."""
+    """The end of an error message: the known word closest to `word`, or all of them if none is close."""
     close = difflib.get_close_matches(word, known, n=1)
     return f" Did you mean `{close[0]}`?" if close else f" Known: {', '.join(sorted(known))}."
 

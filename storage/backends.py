@@ -6,7 +6,6 @@ through a `Backend`, so that an object store can be added as one more class here
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import mmap
 import os
@@ -99,6 +98,9 @@ class LocalBackend:
             created = False
         except FileExistsError:
             created = False
+        except BaseException:
+            draft.remove("")
+            raise
         else:
             created = True
         for name in os.listdir(parent):  # once the root stands, every draft is rubbish, whoever left it
@@ -167,12 +169,13 @@ class LocalBackend:
         target = self.root / key
         self._make_durable_directory(target.parent)
         try:
-            os.link(
-                self.root / source, target
-            )  # atomic and exclusive: the name appears with all of its bytes, or not at all
+            # atomic and exclusive: the name appears with all of its bytes, or not at all
+            os.link(self.root / source, target)
         except FileExistsError:
             return False
-        except (PermissionError, NotImplementedError) as error:
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
             raise StorageError(
                 f"A store must stand on a file system with hard links, but linking {target} was refused ({error}). "
                 f"Choose a path on another file system."
@@ -185,18 +188,22 @@ class LocalBackend:
         self._make_durable_directory(target.parent)
         try:
             os.replace(self.root / source, target)
+            moved = True
         except FileNotFoundError:
-            return False
-        self.sync(str(target.parent.relative_to(self.root)))
-        return True
+            moved = False
+        self.sync(str(target.parent.relative_to(self.root)))  # also what another process has just moved
+        return moved
 
     def remove(self, key: str) -> None:
         path = self.root / key
         if not path.is_dir():
             path.unlink(missing_ok=True)
         while path.is_dir():
-            with contextlib.suppress(FileNotFoundError):  # somebody else removes it at the same time
+            try:
                 shutil.rmtree(path)
+            except OSError as error:  # somebody else removes it, or still writes into it, at the same time
+                if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):
+                    raise
 
     def _make_durable_directory(self, path: Path) -> None:
         missing = []

@@ -78,7 +78,11 @@ class Attempt:
                     n_bytes += view.nbytes
                     yield view
 
-            self._backend.write(f"{self.prefix}/{staged}", counted())
+            try:
+                self._backend.write(f"{self.prefix}/{staged}", counted())
+            except FileNotFoundError:  # removed under our hands: a faster writer committed, `commit` will find it
+                if self._backend.size(commit_key(self.shard)) is None:
+                    raise
         for future in hashing:
             future.result()
         self.files.append(FileRecord(key, staged, n_bytes, digest.hexdigest()))

@@ -119,7 +119,13 @@ def _forest(result: AuditResult) -> dict[str, Any]:
     best = best_candidate(result)
     top = sorted(result.candidates, key=lambda c: (c is best, c.claim != "not_confirmed", c.auroc), reverse=True)[:5]
     rows = [
-        (f"latent {c.latent}  <i>{html.escape(short(c.label, 30))}</i>", c.auroc, c.low, c.high, COLOUR[c.claim])
+        (
+            f"latent {c.latent}" + (f"  <i>{html.escape(short(c.label, 30))}</i>" if c.label else ""),
+            c.auroc,
+            c.low,
+            c.high,
+            COLOUR[c.claim],
+        )
         for c in top
     ]
     rows += [(b.title, b.auroc, b.low, b.high, INK) for b in result.baselines]

@@ -104,6 +104,14 @@ def limits_of(
                 f"activations ({best.auroc:.2f} against {probe.auroc:.2f}): as a detector, the probe is the better "
                 "choice."
             )
+    if not confirmed:
+        out += [
+            f"The model does carry the distinction: a dense probe of the same activations reaches {probe.auroc:.2f} "
+            f"({probe.low:.2f} to {probe.high:.2f}). That no single latent was confirmed is a finding about this "
+            "dictionary, not about the model."
+            for probe in sorted(dense, key=lambda b: -b.auroc)[:1]
+            if probe.low > 0.5
+        ]
     if unseen:
         out.append(
             f"{unseen:.0%} of the held-out positives are seen by none of the confirmed latents at their frozen "

@@ -144,13 +144,17 @@ def build_families(table: TokenTable, token_strings: Sequence[str]) -> list[Fami
 
 
 def _forms(token: NDArray[np.int32], token_strings: Sequence[str]) -> tuple[NDArray[np.int32], list[str]]:
-    """Form of every vocabulary id, and for each form its commonest spelling in the corpus."""
+    """Form of every vocabulary id, and for each form its commonest spelling in the corpus.
+
+    Tokens that are part of a character all read as the replacement character; each keeps a form of its own.
+    """
     spelling_count = np.bincount(token, minlength=len(token_strings))
     form_of: dict[str, int] = {}
     form = np.empty(len(token_strings), np.int32)
     names: list[str] = []
     name_count: list[int] = []
     for token_id, text in enumerate(token_strings):
+        text = f"<bytes {token_id}>" if "\ufffd" in text else text
         index = form_of.setdefault(text.strip().casefold() or text, len(form_of))
         form[token_id] = index
         if index == len(names):

@@ -176,6 +176,6 @@ def _row_mean(x: NDArray[np.float32]) -> NDArray[np.float64]:
     return np.asarray(np.divide(total, n, out=np.full(len(x), np.nan), where=n > 0), np.float64)
 
 
-def _mean(x: NDArray[np.float64]) -> float:
+def _mean(x: NDArray[np.float64]) -> float | None:
     defined = x[~np.isnan(x)]
-    return float(defined.mean()) if len(defined) else float("nan")
+    return float(defined.mean()) if len(defined) else None

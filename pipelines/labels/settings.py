@@ -41,7 +41,7 @@ class LabelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LabelSummary:
-    """What labelling found, for the run's table and metrics.json. Means are NaN where there is nothing to average."""
+    """What labelling found, for the run's table and metrics.json. Means are None over nothing."""
 
     n_latents: int
     n_live: int
@@ -53,8 +53,8 @@ class LabelSummary:
     """Of live latents."""
     null_share: float
     """The same when the rules are dealt to wrong latents."""
-    mean_balanced_accuracy: float
+    mean_balanced_accuracy: float | None
     """Held-out, over all candidates that could be tested."""
-    mean_null_balanced_accuracy: float
+    mean_null_balanced_accuracy: float | None
     """The same rules on other random latents."""
-    mean_precision: float
+    mean_precision: float | None

@@ -210,7 +210,7 @@ def test_attach_refuses_another_width_an_unknown_latent_and_wrong_options() -> N
     with pytest.raises(ValueError, match=r"Edit\.latent must lie in 0 … 31, got 32"):
         attach(model, sae, HOOK, edits=[Edit(latent=32, kind="zero")]).__enter__()
     # A run-time type checker may refuse these before we do.
-    with pytest.raises((ValueError, TypeError), match="'drop' or 'keep'"):
+    with pytest.raises((ValueError, TypeError), match="lose"):
         attach(model, sae, HOOK, error="lose").__enter__()  # type: ignore[arg-type]
     with pytest.raises((ValueError, TypeError), match="'double'"):
         Edit(latent=1, kind="double")  # type: ignore[arg-type]

@@ -4,13 +4,14 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import example_store
 import pytest
 
 from storage import ActivationStore, ActivationWriter, CorruptionError, FormatError, StorageError, verify
-from storage.backends import LocalBackend
+from storage.backends import Buffer, LocalBackend
 from storage.commits import CommitLog
 
 HERE = Path(__file__).parent
@@ -57,6 +58,7 @@ def test_run_killed_anywhere_resumes_to_the_same_bytes(n_places: int, built: Pat
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_run_killed_at_every_place_resumes_to_the_same_bytes(n_places: int, built: Path, tmp_path: Path) -> None:
     for kill_at in range(1, n_places + 1):
         path = tmp_path / str(kill_at) / "s"
@@ -109,6 +111,22 @@ def test_zombie_that_wakes_up_after_the_commit_changes_nothing(built: Path, tmp_
     writer.seal()
     assert log.commit(very_late, {})[1] is False
     assert_undisturbed(tmp_path / "s", built)
+
+
+def test_writer_whose_files_a_faster_one_removes_takes_the_faster_ones_commit(built: Path, tmp_path: Path) -> None:
+    class Overtaken(LocalBackend):
+        def write(self, key: str, buffers: Iterable[Buffer]) -> None:
+            if key.startswith("staging/000001-") and not (self.root / "commits/000001.json").exists():
+                example_store.fill(ActivationWriter.open(self.root))
+                ActivationWriter.open(self.root).seal()
+                raise FileNotFoundError(key)
+            super().write(key, buffers)
+
+    path = tmp_path / "s"
+    writer = example_store.create(path, backend=Overtaken(path))
+    receipt = writer.write_shard(1, {hook: array[:4] for hook, array in example_store.activations(writer.spec).items()})
+    assert not receipt.written
+    assert_undisturbed(path, built)
 
 
 def test_nothing_uncommitted_stands_at_a_final_key(tmp_path: Path) -> None:

@@ -74,6 +74,9 @@ def test_nothing_planted_gives_nothing_found_with_the_effect_that_would_have_bee
     assert result.verdict.level == "nothing_found"
     assert result.verdict.latent is None
     assert "would have been found" in result.verdict.sentence
+    assert any("The model does carry the distinction" in limit for limit in result.limits)
+    without = run(tmp_path, noise(), dense=dense_activations(0.0))
+    assert not any("The model does carry" in limit for limit in without.limits)
     assert 0.6 < result.verdict.minimum_detectable_auroc < 0.8
 
 
@@ -207,7 +210,7 @@ def test_wrong_arrays_and_settings_are_refused(tmp_path):
     (tmp_path / "old.json").write_text('{"schema_version": 9}')
     with pytest.raises(
         ValueError,
-        match=r"old.json is not an audit of schema version 1; wrong or missing: schema_version, created.*Run the audit again",
+        match=r"old.json is not an audit.*wrong or missing: schema_version, created.*Run the audit again",
     ):
         load_result(tmp_path / "old.json")
 
@@ -224,7 +227,7 @@ def test_baselines_find_what_is_planted_and_score_chance_on_what_is_not():
     half = np.arange(N) % 2 == 0
     pick = lambda rows: [texts[i] for i in np.flatnonzero(rows)]  # noqa: E731
     assert auroc(bag_of_words(pick(half), labels[half], pick(~half))[:, None], labels[~half])[0] > 0.95
-    x = dense_activations(1.0)
+    x = dense_activations(1.5)
     for probe in (dense_logistic, mean_difference):
         assert auroc(probe(x[half], labels[half], x[~half])[:, None], labels[~half])[0] > 0.85
         x_null = dense_activations(0.0)

@@ -88,6 +88,11 @@ def test_families_accept_any_text_a_tokenizer_yields(strings):
     assert all(family.code.min() >= 0 and family.code.max() < len(family.names) for family in families)
 
 
+def test_tokens_that_are_part_of_a_character_are_not_confused():
+    family = build_families(table([0, 1, 2, 2]), ["\ufffd", "\ufffd", "x"])[0]
+    assert reads(family) == ["<bytes 0>", "<bytes 1>", "x", "x"]
+
+
 def test_families_refuse_a_token_without_a_string():
     with pytest.raises(ValueError, match="id 11 and the tokenizer has 11"):
         build_families(table([0, 1, 2, 11]), STRINGS)

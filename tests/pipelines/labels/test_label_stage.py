@@ -143,6 +143,7 @@ def test_nothing_to_find_gives_no_labels(table, tmp_path):
     summary, rows = run(table, columns, tmp_path)
     assert summary.n_labelled == 0
     assert summary.null_share == 0
+    assert (summary.n_candidates, summary.mean_balanced_accuracy, summary.mean_precision) == (0, None, None)
     assert not any(row["label"] for row in rows)
     assert summary.n_live == 300
 
