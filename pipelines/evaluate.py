@@ -90,10 +90,11 @@ class _Sums:
 
     def add(self, log_q: Tensor, log_p: Tensor, target: Tensor, counted: Tensor) -> None:
         """Add the counted predictions of the model `log_q`, with the clean model's `log_p` beside it."""
-        q, p = log_q[counted], log_p[counted]
-        self.ce -= float(q.gather(-1, target[counted][:, None]).double().sum())
-        self.kl += float((p.exp() * (p - q)).sum(-1).double().sum())
-        self.n += len(q)
+        self.ce -= float(log_q.gather(-1, target[..., None])[..., 0][counted].double().sum())
+        if log_q is not log_p:
+            kl = torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
+            self.kl += float(kl[counted].double().sum())
+        self.n += int(counted.sum())
 
 
 @torch.inference_mode()

@@ -258,7 +258,10 @@ class LanguageModel:
         """Readable text of every token id."""
         ids = range(int(self.model.get_input_embeddings().weight.shape[0]))  # type: ignore[operator, union-attr]
         raw = self.tokenizer.convert_ids_to_tokens(list(ids))
-        return ["" if token is None else self.tokenizer.convert_tokens_to_string([token]) for token in raw]
+        # SentencePiece marks a leading space with "▁", which converting a lone token would drop.
+        lead = [" " if token is not None and token.startswith("▁") else "" for token in raw]
+        texts = ["" if token is None else self.tokenizer.convert_tokens_to_string([token]) for token in raw]
+        return [space + text.removeprefix(" ") if space else text for space, text in zip(lead, texts, strict=True)]
 
     def unembedding(self) -> tuple[Float[Tensor, " d_in"], Float[Tensor, "d_in vocab"]]:
         """Weight of the final norm and the output matrix, fp32: logits ≈ (norm(x) * weight) @ W_U."""

@@ -4,13 +4,14 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 
+@runtime_checkable
 class Bar(Protocol):
     """One piece of long work."""
 
@@ -21,6 +22,7 @@ class Bar(Protocol):
         """Show a short text beside the bar."""
 
 
+@runtime_checkable
 class Reporter(Protocol):
     """Where stages say what they do."""
 

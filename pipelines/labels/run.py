@@ -35,7 +35,15 @@ def label(config: RunConfig, run: RunDir, ui: Reporter) -> dict[str, dict[str, A
         unembedding = lm.unembedding() if config.hook_of(name).partition(":")[0].rpartition(".")[2].isdigit() else None
         try:
             summary = label_dictionary(
-                store, latents, dictionary, lm.token_strings(), unembedding, run.labels(name), ui, seed=config.seed
+                store,
+                latents,
+                dictionary,
+                lm.token_strings(),
+                unembedding,
+                run.labels(name),
+                ui,
+                seed=config.seed,
+                sink_multiple=config.sinks.multiple,
             )
         except ValueError as error:
             raise RunError(f"labelling {name}: {error}") from error
