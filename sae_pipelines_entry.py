@@ -1,7 +1,7 @@
 """Entry point of the `sae` command.
 
-The import names `sae`, `storage` and `pipelines` are generic, so another folder or package may stand in front of ours on
-`sys.path`. This module has a unique name; it checks before it imports anything from them.
+The import names `sae`, `storage` and `pipelines` are generic, so another folder or package may stand in front of ours
+on `sys.path`. This module has a unique name; it checks before it imports anything from them.
 """
 
 import importlib.util
@@ -26,7 +26,8 @@ def main() -> None:
     if problems:
         print(
             f"sae: another package or folder hides ours: {'; '.join(problems)}. "
-            "Rename or remove it, or take it off PYTHONPATH; in a virtual environment of its own sae-pipelines has no rivals.",
+            "Rename or remove it, or take it off PYTHONPATH; in a virtual environment of its own sae-pipelines "
+            "has no rivals.",
             file=sys.stderr,
         )
         raise SystemExit(2)

@@ -1,4 +1,5 @@
-"""The `sae` command: thin, one function per subcommand. Heavy imports stay inside the functions so that --help is quick."""
+"""The `sae` command: thin, one function per subcommand. Heavy imports stay inside the functions so that --help is
+quick."""
 
 import functools
 import json
@@ -70,7 +71,8 @@ def _stop(message: str, code: int) -> None:
     raise typer.Exit(code)
 
 
-# -- runs ----------------------------------------------------------------------------------------------------------------
+# -- runs
+# ----------------------------------------------------------------------------------------------------------------
 
 
 @app.command()
@@ -84,7 +86,9 @@ def run(config: ConfigArgument, out: OutOption = None, set_: SetOption = None, a
 
 def _stage_command(stage: str, text: str) -> None:
     @told_plainly
-    def command(config: ConfigArgument, out: OutOption = None, set_: SetOption = None, as_json: JsonOption = False) -> None:
+    def command(
+        config: ConfigArgument, out: OutOption = None, set_: SetOption = None, as_json: JsonOption = False
+    ) -> None:
         _execute(config, out, set_, as_json, (stage,))
 
     command.__doc__ = text
@@ -99,7 +103,9 @@ _stage_command("export", "Write the dictionary folder that users load.")
 _stage_command("audit", "Which latents carry the configured concepts, and how sure we are.")
 
 
-def _execute(config: str, out: Path | None, overrides: list[str] | None, as_json: bool, stages: tuple[str, ...]) -> None:
+def _execute(
+    config: str, out: Path | None, overrides: list[str] | None, as_json: bool, stages: tuple[str, ...]
+) -> None:
     _quiet_libraries()
     from rich.console import Console
 
@@ -108,7 +114,9 @@ def _execute(config: str, out: Path | None, overrides: list[str] | None, as_json
     from pipelines.summary import print_summary, summary
 
     opened = _open(config, out, overrides or [])
-    console = Console(stderr=as_json)
+    # Files and pipes have no width of their own; 80 columns would fold every line.
+    terminal = (sys.stderr if as_json else sys.stdout).isatty()
+    console = Console(stderr=as_json, width=None if terminal else 140)
     worked = execute(opened, ConsoleReporter(console), stages)
     if not worked:
         what = "run" if len(stages) > 1 else stages[0]
@@ -145,12 +153,15 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
 
 
-# -- looking -------------------------------------------------------------------------------------------------------------
+# -- looking
+# -------------------------------------------------------------------------------------------------------------
 
 
 @app.command()
 @told_plainly
-def info(path: Annotated[Path, typer.Argument(help="A store, a dictionary or a run directory.")], as_json: JsonOption = False) -> None:
+def info(
+    path: Annotated[Path, typer.Argument(help="A store, a dictionary or a run directory.")], as_json: JsonOption = False
+) -> None:
     """What is this store, dictionary or run? Shapes, provenance, health."""
     from pipelines.info import describe
 
@@ -184,7 +195,9 @@ def verify(store: Annotated[Path, typer.Argument(help="An activation store.")], 
 def init(
     model: Annotated[str, typer.Option(help="Hugging Face id, folder or .gguf file.")],
     hook: Annotated[str, typer.Option(help="Module path, such as model.layers.8.")],
-    text: Annotated[str, typer.Option(help="Text file (.txt, .jsonl, .parquet) or Hugging Face dataset id.")] = "texts.txt",
+    text: Annotated[
+        str, typer.Option(help="Text file (.txt, .jsonl, .parquet) or Hugging Face dataset id.")
+    ] = "texts.txt",
     path: Annotated[Path, typer.Option("--to", help="Where to write the config.")] = Path("sae.yaml"),
 ) -> None:
     """Write a commented config for a model and hook."""
@@ -192,5 +205,5 @@ def init(
 
     if path.exists():
         raise RunError(f"{path} exists: choose another --to, or remove it")
-    path.write_text(commented_config(model, hook, text), encoding="utf-8")
+    path.write_text(commented_config(model, hook, text, str(path)), encoding="utf-8")
     print(f"wrote {path}; read it, then: sae run {path}")

@@ -1,8 +1,8 @@
 """collect: text → tokens → language model → activation store.
 
-The driver plans: it chooses and packs the documents and creates the store with every token in it. Harvesters, plain objects
-that Ray wraps in actors, each take one shard at a time, run the model up to the last hook and commit the shard. A killed
-worker or driver loses at most the shards in flight.
+The driver plans: it chooses and packs the documents and creates the store with every token in it. Harvesters, plain
+objects that Ray wraps in actors, each take one shard at a time, run the model up to the last hook and commit the
+shard. A killed worker or driver loses at most the shards in flight.
 """
 
 import time
@@ -38,13 +38,17 @@ def open_store(config: RunConfig, run: RunDir) -> ActivationStore:
     try:
         return ActivationStore.open(path)
     except IncompleteError as error:
-        raise RunError(f"the activation store is unfinished ({error}): run `sae collect` again, it continues") from error
+        raise RunError(
+            f"the activation store is unfinished ({error}): run `sae collect` again, it continues"
+        ) from error
 
 
 class Harvester:
     """Fills shards of one store; knows no Ray."""
 
-    def __init__(self, path: Path, resolved: ResolvedModel, config: ModelConfig, batch_contexts: int, n_threads: int | None) -> None:
+    def __init__(
+        self, path: Path, resolved: ResolvedModel, config: ModelConfig, batch_contexts: int, n_threads: int | None
+    ) -> None:
         if n_threads is not None:
             torch.set_num_threads(n_threads)
         self._lm = LanguageModel(resolved, config)
@@ -65,7 +69,9 @@ class Harvester:
         batches: dict[str, list[torch.Tensor]] = {name: [] for name in self._hooks}
         for low in range(0, len(tokens), self._batch):
             rows = slice(low, low + self._batch)
-            captured = self._lm.capture(tokens[rows].to(self._lm.device), position[rows].to(self._lm.device), self._hooks)
+            captured = self._lm.capture(
+                tokens[rows].to(self._lm.device), position[rows].to(self._lm.device), self._hooks
+            )
             for name, value in captured.items():
                 batches[name].append(value.cpu())
         return self._writer.write_shard(shard, {name: _to_numpy(torch.cat(parts)) for name, parts in batches.items()})
@@ -84,7 +90,9 @@ def collect(config: RunConfig, run: RunDir, ui: Reporter) -> dict[str, Any]:
     spec = writer.spec
     missing = writer.missing()
     began, written = time.monotonic(), 0
-    with ui.stage("collect", total=spec.n_tokens, unit="tokens", done=_tokens(spec, set(range(spec.n_shards)) - set(missing))) as bar:
+    with ui.stage(
+        "collect", total=spec.n_tokens, unit="tokens", done=_tokens(spec, set(range(spec.n_shards)) - set(missing))
+    ) as bar:
         if missing:
             for receipt in _harvest_all(config, store_path(config, run), resolved, missing):
                 written += receipt.n_tokens
@@ -129,7 +137,11 @@ def prepare_store(config: RunConfig, run: RunDir, resolved: ResolvedModel, ui: R
                 "isolate_documents": config.collect.isolate_documents,
                 "prepend_bos": config.collect.prepend_bos,
             },
-            "forward": {"batch_contexts": config.collect.batch_contexts, "attention": "sdpa", "dtype": config.model.dtype},
+            "forward": {
+                "batch_contexts": config.collect.batch_contexts,
+                "attention": "sdpa",
+                "dtype": config.model.dtype,
+            },
         },
     )
     topics = {topic for topic in packed.documents.topic if topic}
@@ -168,7 +180,10 @@ def _harvest_all(config: RunConfig, path: Path, resolved: ResolvedModel, shards:
         num_cpus=settings.cpus_per_worker, num_gpus=settings.gpus_per_worker, max_restarts=-1, max_task_retries=-1
     )(Harvester)
     n_workers = min(settings.n_workers, len(shards))
-    actors = [actor_class.remote(path.resolve(), resolved, config.model, settings.batch_contexts, threads) for _ in range(n_workers)]
+    actors = [
+        actor_class.remote(path.resolve(), resolved, config.model, settings.batch_contexts, threads)
+        for _ in range(n_workers)
+    ]
     try:
         queue = iter(shards)
         in_flight = {actor.harvest.remote(shard): actor for actor, shard in zip(actors, queue, strict=False)}

@@ -5,8 +5,8 @@
 The defaults below are the ones that a run gets; the resolved copy is saved as `config.yaml` in the run directory.
 """
 
+import contextlib
 import difflib
-import types
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,7 +28,8 @@ class ModelConfig(Section):
     """The language model."""
 
     source: str
-    """Hugging Face id, folder, `.gguf` file, or `package://PACKAGE/FILE.gguf` for a file inside an installed package."""
+    """Hugging Face id, folder, `.gguf` file, or `package://PACKAGE/FILE.gguf` for a file inside an installed
+    package."""
     revision: str | None = None
     """Branch, tag or commit of a Hugging Face id."""
     sha256: str | None = None
@@ -45,7 +46,8 @@ class TextSource(Section):
     """One weighted source of documents."""
 
     path: str | None = None
-    """`.txt` (one document a line), `.jsonl`, `.json`, `.parquet`, or `package://PACKAGE/FILE` for a file of an installed package."""
+    """`.txt` (one document a line), `.jsonl`, `.json`, `.parquet`, or `package://PACKAGE/FILE` for a file of an
+    installed package."""
     dataset: str | None = None
     """Hugging Face dataset id; needs the extra `hub`."""
     name: str | None = None
@@ -136,7 +138,8 @@ class TrainConfig(Section):
     auxk_alpha: float = Field(1 / 32, ge=0)
     """Weight of the auxiliary loss that revives dead latents (Gao et al. 2024, section 2.4)."""
     normalize: Literal["none", "scale"] = "scale"
-    """`scale` multiplies inputs so that their mean squared distance from the mean is d_in; folded into the weights at the end."""
+    """`scale` multiplies inputs so that their mean squared distance from the mean is d_in; folded into the weights
+    at the end."""
     num_workers: int = Field(1, gt=0)
     """Ray Train workers (data-parallel)."""
     cpus_per_worker: float | None = Field(None, gt=0)
@@ -173,7 +176,8 @@ class EvaluateConfig(Section):
     """Held-out evaluation."""
 
     n_ce_tokens: int = Field(8192, gt=0)
-    """Held-out tokens for the spliced forward passes (CE and KL scores); FVU, L0 and dead latents use all held-out tokens."""
+    """Held-out tokens for the spliced forward passes (CE and KL scores); FVU, L0 and dead latents use all held-out
+    tokens."""
     batch_contexts: int = Field(4, gt=0)
     """Contexts a forward pass."""
 
@@ -301,26 +305,30 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise UsageError(f"--set takes key=value, not {override!r}; for example --set train.lr=5e-4")
-    value = yaml.safe_load(text) if text else None
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"--set {override}: the value is not valid YAML ({reason}); put it in quotes") from error
     if isinstance(value, str):
         # YAML 1.1 reads 5e-4 (no dot) as text.
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     parts = key.split(".")
     node: Any = raw
-    for part in parts[:-1]:
+    for i, part in enumerate(parts):
+        here: Any = part
         if isinstance(node, list):
-            node = node[_index(part, node, override)]
-        else:
-            if not isinstance(node.get(part), dict | list):
-                node[part] = {}
-            node = node[part]
-    if isinstance(node, list):
-        node[_index(parts[-1], node, override)] = value
-    else:
-        node[parts[-1]] = value
+            here = _index(part, node, override)
+        elif not isinstance(node, dict):
+            above = ".".join(parts[:i])
+            raise UsageError(f"--set {override}: `{above}` is {node!r}, which has no keys; set it as a whole")
+        if i == len(parts) - 1:
+            node[here] = value
+            return
+        if isinstance(node, dict) and not isinstance(node.get(here), dict | list):
+            node[here] = {}
+        node = node[here]
 
 
 def _index(part: str, node: list[Any], override: str) -> int:
@@ -336,7 +344,9 @@ def _explain(error: ValidationError, path: Path) -> str:
         if problem["type"] == "extra_forbidden":
             valid = sorted(_fields_at(RunConfig, problem["loc"][:-1]))
             near = difflib.get_close_matches(str(problem["loc"][-1]), valid, n=1, cutoff=0.0)
-            lines.append(f"unknown key `{where}`; the nearest valid key is `{near[0]}`" if near else f"unknown key `{where}`")
+            lines.append(
+                f"unknown key `{where}`; the nearest valid key is `{near[0]}`" if near else f"unknown key `{where}`"
+            )
         elif problem["type"] == "missing":
             lines.append(f"`{where}` is missing")
         else:
@@ -358,7 +368,7 @@ def _fields_at(model: type[BaseModel], loc: Sequence[str | int]) -> set[str]:
 
 
 def _section_in(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias) and issubclass(annotation, BaseModel):
+    if typing.get_origin(annotation) is None and isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     for argument in typing.get_args(annotation):
         found = _section_in(argument)

@@ -1,4 +1,5 @@
-"""The configs and concepts that ship with the package: in the wheel under `pipelines/configs`, in a checkout under `configs/`."""
+"""The configs and concepts that ship with the package: in the wheel under `pipelines/configs`, in a checkout under
+`configs/`."""
 
 import difflib
 from pathlib import Path
@@ -44,4 +45,7 @@ def concept_path(name: str) -> Path:
         return shipped
     names = sorted(file.stem for file in (shipped_configs() / "concepts").glob("*.yaml"))
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
-    raise UsageError(f"there is no shipped concept {name!r}; the nearest is {near[0] if near else 'none'!r}. Shipped: {', '.join(names)}; or give the path of a .yaml file")
+    raise UsageError(
+        f"there is no shipped concept {name!r}; the nearest is {near[0] if near else 'none'!r}. Shipped: "
+        f"{', '.join(names)}; or give the path of a .yaml file"
+    )

@@ -30,76 +30,124 @@ def read_source(source: TextSource) -> tuple[list[Document], dict[str, str]]:
         records, provenance = _read_file(path), {"origin": source.path, "sha256": source.sha256 or sha256_of(path)}
     else:
         records, provenance = _read_hub(source)
-    topics: Mapping[str, str] = {}
+    topics: Mapping[str, Any] = {}
     if source.topics_path is not None:
         topics_file = locate(source.topics_path, sha256=source.topics_sha256)
-        topics = json.loads(topics_file.read_text(encoding="utf-8"))
+        topics = _read_topics(topics_file)
         provenance["topics_sha256"] = source.topics_sha256 or sha256_of(topics_file)
     documents = []
     for id_, record in records:
         if source.text_field not in record:
             raise UsageError(
-                f"text source {origin}: document {id_!r} has no field {source.text_field!r}; it has {sorted(record)}: set `text_field`"
+                f"text source {origin}: document {id_!r} has no field {source.text_field!r}; it has "
+                f"{sorted(record)}: set `text_field`"
             )
         text = record[source.text_field]
         if not isinstance(text, str):
-            raise UsageError(f"text source {origin}: field {source.text_field!r} of document {id_!r} is {type(text).__name__}, not text")
-        topic = record.get(source.topic_field, "") if source.topic_field else topics.get(id_, "")
+            raise UsageError(
+                f"text source {origin}: field {source.text_field!r} of document {id_!r} is "
+                f"{type(text).__name__}, not text"
+            )
+        topic = record.get(source.topic_field) if source.topic_field else topics.get(id_)
         if text.strip():
             title = str(record.get(source.title_field) or id_) if source.title_field else id_
-            documents.append(Document(id=id_, source=origin, title=title, topic=str(topic), text=text))
+            documents.append(
+                Document(id=id_, source=origin, title=title, topic="" if topic is None else str(topic), text=text)
+            )
     if not documents:
         raise UsageError(f"text source {origin} has no documents with text")
     return documents, provenance
 
 
-def _read_file(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _read_topics(path: Path) -> Mapping[str, Any]:
     try:
-        match path.suffix:
-            case ".txt":
-                for i, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
-                    yield f"{path.name}:{i + 1}", {"text": line}
-            case ".jsonl":
-                for i, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
-                    if line.strip():
-                        record = json.loads(line)
-                        yield str(record.get("id", f"{path.name}:{i + 1}")), record
-            case ".json":
-                data = json.loads(path.read_text(encoding="utf-8"))
-                items = data.items() if isinstance(data, dict) else enumerate(data)
-                for id_, record in items:
-                    yield str(id_), record if isinstance(record, dict) else {"text": record}
-            case ".parquet":
-                import pyarrow.parquet as pq
+        topics = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"topics_path {path} cannot be read as JSON: {error}") from error
+    if not isinstance(topics, dict):
+        raise UsageError(
+            f"topics_path {path} must hold an object from document id to topic, not {type(topics).__name__}"
+        )
+    return topics
 
-                for batch in pq.ParquetFile(path).iter_batches():
-                    for i, record in enumerate(batch.to_pylist()):
-                        yield str(record.get("id", f"{path.name}:{i}")), record
-            case suffix:
-                raise UsageError(f"text source {path}: unknown format {suffix!r}; use .txt, .jsonl, .json or .parquet")
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+
+def _read_file(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Document id and fields of every record of a file, in its order."""
+    readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
+    if path.suffix not in readers:
+        raise UsageError(f"text source {path}: unknown format {path.suffix!r}; use .txt, .jsonl, .json or .parquet")
+    try:
+        yield from readers[path.suffix](path)
+    except ValueError as error:  # of the decoder, of json and of pyarrow
         raise UsageError(f"text source {path} cannot be read as {path.suffix}: {error}") from error
+
+
+def _read_txt(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    # Not str.splitlines, here and below: it also breaks lines at U+2028, form feeds and the like inside a text.
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            yield f"{path.name}:{number}", {"text": line.removesuffix("\n")}
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            record = json.loads(line)
+            if not isinstance(record, dict):
+                raise ValueError(f"line {number} must be a JSON object, not {type(record).__name__}")
+            yield str(record.get("id", f"{path.name}:{number}")), record
+
+
+def _read_json(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    data = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(data, dict | list):
+        raise ValueError(f"it must hold an object or a list of documents, not {type(data).__name__}")
+    for id_, record in data.items() if isinstance(data, dict) else enumerate(data):
+        yield str(id_), record if isinstance(record, dict) else {"text": record}
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    import pyarrow.parquet as pq
+
+    row = 0
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches():
+            for record in batch.to_pylist():
+                yield str(record.get("id", f"{path.name}:{row}")), record
+                row += 1
 
 
 def _read_hub(source: TextSource) -> tuple[Iterator[tuple[str, Mapping[str, Any]]], dict[str, str]]:
     try:
         import datasets
     except ImportError as error:
-        raise UsageError(f"text source {source.dataset} is a Hugging Face dataset: pip install 'sae-pipelines[hub]'") from error
+        raise UsageError(
+            f"text source {source.dataset} is a Hugging Face dataset: pip install 'sae-pipelines[hub]'"
+        ) from error
     assert source.dataset is not None
     try:
         rows = datasets.load_dataset(source.dataset, source.name, split=source.split, revision=source.revision)
     except (OSError, ValueError) as error:
-        raise UsageError(f"text source {source.dataset}: {error}; check the name, the revision and the network") from error
-    provenance = {"origin": f"hub:{source.dataset}", "revision": str(source.revision), "fingerprint": str(rows._fingerprint)}
+        raise UsageError(
+            f"text source {source.dataset}: {error}; check the name, the revision and the network"
+        ) from error
+    provenance = {
+        "origin": f"hub:{source.dataset}",
+        "revision": str(source.revision),
+        "fingerprint": str(rows._fingerprint),
+    }
     return ((str(row.get("id", i)), row) for i, row in enumerate(rows)), provenance
 
 
 def stratified_order(topics: list[str], rng: np.random.Generator) -> NDArray[np.int64]:
-    """A random order of documents in which every prefix holds each topic in proportion (to within one document).
+    """A random order of documents in which every prefix holds the same share of each topic, to within one document.
 
-    The j-th of a topic's n documents, in random order, gets the key (j + u) / n with one u ~ U(0, 1) per topic; documents are
-    sorted by key (systematic sampling within strata; Cochran, Sampling Techniques, chapter 8).
+    The j-th of a topic's n documents, in random order, gets the key (j + u) / n with one u ~ U(0, 1) per topic;
+    documents are sorted by key (systematic sampling within strata; Cochran, Sampling Techniques, chapter 8). A prefix
+    is the documents with keys up to some x: it holds more than n·x - 1 and less than n·x + 1 of each topic's n
+    documents, and any one document is in it with probability x.
     """
     labels = np.asarray(topics)
     keys = np.empty(len(labels))
@@ -110,12 +158,13 @@ def stratified_order(topics: list[str], rng: np.random.Generator) -> NDArray[np.
 
 
 def heldout_mask(topics: list[str], fraction: float) -> NDArray[np.bool_]:
-    """Which documents, in the given order, are held out: every 1/fraction-th of each topic."""
-    labels = np.asarray(topics)
-    mask = np.zeros(len(labels), dtype=bool)
-    for topic in np.unique(labels):
-        rows = np.flatnonzero(labels == topic)
-        count = np.arange(1, len(rows) + 1)
-        # Half a step ahead, so that a topic with fewer than 1/fraction documents is not always left out.
-        mask[rows] = np.floor(count * fraction + 0.5) > np.floor((count - 1) * fraction + 0.5)
+    """Which documents, in the given order, are held out: every 1/fraction-th, counted through one topic after another.
+
+    Each topic gives its share to within one document. The count does not start again at each topic, so that many topics
+    of few documents together give theirs.
+    """
+    by_topic = np.argsort(np.asarray(topics), kind="stable")
+    count = np.arange(1, len(topics) + 1)
+    mask = np.zeros(len(topics), dtype=bool)
+    mask[by_topic] = np.floor(count * fraction + 0.5) > np.floor((count - 1) * fraction + 0.5)
     return mask

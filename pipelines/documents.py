@@ -57,7 +57,10 @@ class Documents:
 
 @dataclass(frozen=True)
 class Spans:
-    """Runs of tokens of one document inside one context, sorted by (context, start)."""
+    """Runs of tokens of one document inside one context, sorted by (context, start).
+
+    Where the run prepends BOS, a span of two tokens or more begins with one; it is no token of the document.
+    """
 
     context: NDArray[np.int32]
     start: NDArray[np.int32]
@@ -65,7 +68,7 @@ class Spans:
     length: NDArray[np.int32]
     document: NDArray[np.int32]
     document_token: NDArray[np.int32]
-    """Which token of the document the span begins with."""
+    """Which token of the document the span begins with, after its BOS."""
 
     def to_parquet(self) -> bytes:
         """Parquet file as bytes."""

@@ -16,6 +16,10 @@ from pipelines.models import LanguageModel
 from pipelines.progress import Bar
 from sae import Dictionary
 from storage import ActivationStore
+from storage.spec import Split
+
+_Row = tuple[NDArray[np.float32], NDArray[np.float32], int]
+"""Largest latent activations, mean activations and number of counted tokens of one text."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ def encode_texts(
     cut = sum(len(ids) > max_tokens for ids in encoded)
     encoded = [ids[:max_tokens] for ids in encoded]
     order = sorted(range(len(texts)), key=lambda i: len(encoded[i]))
-    rows: list[tuple[NDArray[np.float32], NDArray[np.float32], int]] = [(np.empty(0), np.empty(0), 0)] * len(texts)
+    rows: list[_Row] = [_empty(dictionary)] * len(texts)
     for batch in _batches(order, [len(ids) for ids in encoded], batch_tokens):
         # Right padding: causal attention keeps it from the real tokens, and the mask keeps it from the pools.
         width = max(max(len(encoded[i]) for i in batch), 2)
@@ -61,7 +65,13 @@ def encode_texts(
             tokens[j, : len(encoded[i])] = torch.tensor(encoded[i], dtype=torch.long)
             real[j, : len(encoded[i])] = True
         position = torch.arange(width).expand(len(batch), width)
-        x = lm.capture(tokens.to(lm.device), position.to(lm.device), [dictionary.hook_name])[dictionary.hook_name].float().cpu()
+        x = (
+            lm.capture(tokens.to(lm.device), position.to(lm.device), [dictionary.required_hook_name])[
+                dictionary.required_hook_name
+            ]
+            .float()
+            .cpu()
+        )
         counted = real & (position > 0)
         if sink_norm is not None:
             counted &= x.norm(dim=-1) <= sink_norm
@@ -73,17 +83,17 @@ def encode_texts(
 
 
 def pool_documents(
-    store: ActivationStore, dictionary: Dictionary, *, split: str, sink_multiple: float, bar: Bar | None = None
+    store: ActivationStore, dictionary: Dictionary, *, split: Split, sink_multiple: float, bar: Bar | None = None
 ) -> tuple[NDArray[np.int64], Pooled]:
     """Pool the stored activations by document: rows of the documents that have counted tokens, and their pools."""
     start, stop = store.spec.split_range(split)
     best: dict[int, tuple[Tensor, Tensor, int]] = {}
     for context in range(start, stop):
         document = torch.from_numpy(store.contexts(context, context + 1).document[0].astype(np.int64))
-        x = store.activations(dictionary.hook_name, context, context + 1)[0].float()
-        keep = ~torch.from_numpy(store.sink_mask(dictionary.hook_name, context, context + 1, sink_multiple)[0])
+        x = store.activations(dictionary.required_hook_name, context, context + 1)[0].float()
+        keep = ~torch.from_numpy(store.sink_mask(dictionary.required_hook_name, context, context + 1, sink_multiple)[0])
         latents = dictionary.encode(x)
-        for row in document[keep].unique().tolist():
+        for row in torch.unique(document[keep]).tolist():
             here = keep & (document == row)
             top, total, n = latents[here].amax(0), x[here].sum(0), int(here.sum())
             if row in best:
@@ -97,13 +107,17 @@ def pool_documents(
     return documents, _stack(rows, 0)
 
 
-def _pool(dictionary: Dictionary, x: Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32], int]:
+def _empty(dictionary: Dictionary) -> _Row:
+    return np.zeros(dictionary.d_sae, np.float32), np.zeros(dictionary.d_in, np.float32), 0
+
+
+def _pool(dictionary: Dictionary, x: Tensor) -> _Row:
     if len(x) == 0:
-        return np.zeros(dictionary.d_sae, np.float32), np.zeros(dictionary.d_in, np.float32), 0
+        return _empty(dictionary)
     return dictionary.encode(x).amax(0).float().numpy(), x.mean(0).numpy(), len(x)
 
 
-def _stack(rows: Sequence[tuple[NDArray[np.float32], NDArray[np.float32], int]], cut: int) -> Pooled:
+def _stack(rows: Sequence[_Row], cut: int) -> Pooled:
     return Pooled(
         max_latents=np.stack([row[0] for row in rows]).astype(np.float32),
         mean_activations=np.stack([row[1] for row in rows]).astype(np.float32),

@@ -1,8 +1,8 @@
 """evaluate: how faithful a dictionary is on documents that it never saw.
 
 FVU, L0, dead latents and activation frequencies use every held-out token of the store. CE and KL scores run the model
-with the reconstruction spliced in. Headline figures are over tokens that are not attention sinks, and sinks pass through
-the splice unchanged; the figures named `_all` are over all tokens, with every token spliced.
+with the reconstruction spliced in. Headline figures are over tokens that are not attention sinks, and sinks pass
+through the splice unchanged; the figures named `_all` are over all tokens, with every token spliced.
 """
 
 from collections import defaultdict
@@ -36,9 +36,9 @@ def evaluate(config: RunConfig, run: RunDir, ui: Reporter) -> dict[str, dict[str
         dictionary = load_trained(run, name)
         with ui.stage("evaluate", total=total, unit="tokens") as bar:
             multiple = config.sinks.multiple
-            figures[name] = evaluate_reconstruction(store, dictionary, sink_multiple=multiple, bar=bar) | evaluate_splice(
-                lm, store, dictionary, config.evaluate, sink_multiple=multiple, bar=bar
-            )
+            figures[name] = evaluate_reconstruction(
+                store, dictionary, sink_multiple=multiple, bar=bar
+            ) | evaluate_splice(lm, store, dictionary, config.evaluate, sink_multiple=multiple, bar=bar)
         run.update_metrics(name, figures[name])
     return figures
 
@@ -47,7 +47,7 @@ def evaluate_reconstruction(
     store: ActivationStore, dictionary: Dictionary, *, sink_multiple: float, bar: Bar
 ) -> dict[str, Any]:
     """FVU, L0, dead latents and activation frequencies on all held-out tokens of the store."""
-    hook = dictionary.hook_name
+    hook = dictionary.required_hook_name
     start, stop = store.spec.split_range("heldout")
     fvu, fvu_all, l0, l0_all = FVU(dictionary.d_in), FVU(dictionary.d_in), L0(), L0()
     frequency = ActivationFrequency(dictionary.d_sae)
@@ -99,15 +99,23 @@ class _Sums:
 
 @torch.inference_mode()
 def evaluate_splice(
-    lm: LanguageModel, store: ActivationStore, dictionary: Dictionary, config: EvaluateConfig, *, sink_multiple: float, bar: Bar
+    lm: LanguageModel,
+    store: ActivationStore,
+    dictionary: Dictionary,
+    config: EvaluateConfig,
+    *,
+    sink_multiple: float,
+    bar: Bar,
 ) -> dict[str, Any]:
     """CE and KL scores on held-out contexts.
 
-        ce_loss_score = (CE_zero - CE_spliced) / (CE_zero - CE_clean)        kl_div_score = 1 - KL(clean‖spliced) / KL(clean‖zero)
+        ce_loss_score = (CE_zero - CE_spliced) / (CE_zero - CE_clean)
+        kl_div_score  = 1 - KL(clean‖spliced) / KL(clean‖zero)
 
-    as SAEBench defines them (Karvonen et al. 2025, arXiv:2503.09532), in nats per prediction, with log-softmax in fp32. The
-    headline scores leave sinks alone in both the splice and the zero ablation and count predictions made at other tokens;
-    the `_all` scores replace every token and count every prediction. A prediction across a document boundary never counts.
+    as SAEBench defines them (Karvonen et al. 2025, arXiv:2503.09532), in nats per prediction, with log-softmax in
+    fp32. The headline scores leave sinks alone in both the splice and the zero ablation and count predictions made at
+    other tokens; the `_all` scores replace every token and count every prediction. A prediction across a document
+    boundary never counts.
     """
     start, stop = store.spec.split_range("heldout")
     n_contexts = min(stop - start, max(1, config.n_ce_tokens // store.spec.context_length))
@@ -119,7 +127,7 @@ def evaluate_splice(
         tokens = torch.from_numpy(contexts.tokens).long().to(lm.device)
         spans = torch.from_numpy(contexts.position).long().to(lm.device)
         position = spans if isolate else torch.arange(tokens.shape[1], device=lm.device).expand_as(tokens)
-        sinks = torch.from_numpy(store.sink_mask(dictionary.hook_name, low, high, sink_multiple)).to(lm.device)
+        sinks = torch.from_numpy(store.sink_mask(dictionary.required_hook_name, low, high, sink_multiple)).to(lm.device)
         target, counted_all = tokens[:, 1:], spans[:, 1:] > 0
         counted = counted_all & ~sinks[:, :-1]
         clean = _log_probabilities(lm, tokens, position, dictionary, "keep", sinks)
@@ -150,7 +158,7 @@ def _log_probabilities(
         new = torch.zeros_like(x) if kind == "zero" else dictionary.decode(dictionary.encode(x.float())).to(x.dtype)
         return torch.where(spared[..., None], x, new)
 
-    with replace_activations(lm.model, dictionary.hook_name, replace):
+    with replace_activations(lm.model, dictionary.required_hook_name, replace):
         logits: Tensor = lm.model(input_ids=tokens, position_ids=position, use_cache=False).logits
     return logits[:, :-1].float().log_softmax(-1)
 

@@ -35,7 +35,12 @@ def export_dictionary(config: RunConfig, run: RunDir, name: str) -> Path:
     target = run.dictionary(name)
     with replacing_directory(target) as partial:
         dictionary.save(
-            partial, provenance=dictionary.provenance, metrics=metrics, sparsity=_firing_share(run, name), features=features, overwrite=True
+            partial,
+            provenance=dictionary.provenance,
+            metrics=metrics,
+            sparsity=_firing_share(run, name),
+            features=features,
+            overwrite=True,
         )
         examples = run.labels(name) / "examples.parquet"
         if examples.exists():
@@ -65,7 +70,9 @@ def model_card(name: str, config: RunConfig, provenance: dict[str, Any], metrics
         ("FVU, all tokens", "fvu_all", "attention sinks included"),
         ("CE loss score, all tokens", "ce_loss_score_all", "attention sinks spliced too"),
     ]
-    table = "\n".join(f"| {title} | {metrics[key]:.4g} | {note} |" for title, key, note in rows if metrics.get(key) is not None)
+    table = "\n".join(
+        f"| {title} | {metrics[key]:.4g} | {note} |" for title, key, note in rows if metrics.get(key) is not None
+    )
     sources = "\n".join(f"- `{text['origin']}`" for text in provenance["text"])
     return f"""---
 library_name: sae-pipelines
@@ -94,8 +101,8 @@ Figures are over tokens that are not attention sinks, unless they say otherwise.
 Texts:
 {sources}
 
-The licences of the model and of the texts apply to what is derived from them. `features.parquet` has one row per latent,
-`examples.parquet` contexts, `dictionary.json` the full provenance:
+The licences of the model and of the texts apply to what is derived from them. `features.parquet` has one row per
+latent, `examples.parquet` contexts, `dictionary.json` the full provenance; how the texts were packed:
 
 ```json
 {json.dumps(provenance.get("packing"), indent=2)}

@@ -11,4 +11,8 @@ def read_labels(folder: Path) -> dict[int, str]:
     if not path.is_file():
         return {}
     table = pq.read_table(path, columns=["latent", "label"])
-    return {latent: label for latent, label in zip(table["latent"].to_pylist(), table["label"].to_pylist(), strict=True) if label}
+    return {
+        latent: label
+        for latent, label in zip(table["latent"].to_pylist(), table["label"].to_pylist(), strict=True)
+        if label
+    }

@@ -15,7 +15,14 @@ from storage import ActivationStore, LatentStore, LatentWriter
 
 
 def compute_latents(
-    store: ActivationStore, dictionary: Dictionary, run: RunDir, name: str, ui: Reporter, *, sink_multiple: float, digest: str
+    store: ActivationStore,
+    dictionary: Dictionary,
+    run: RunDir,
+    name: str,
+    ui: Reporter,
+    *,
+    sink_multiple: float,
+    digest: str,
 ) -> LatentStore:
     """Encode the whole store; continues unfinished work.
 
@@ -34,8 +41,13 @@ def compute_latents(
     path = run.latents(name)
     writer = LatentWriter.create(path, meta)
     missing = writer.missing()
-    hook = dictionary.hook_name
-    done = sum((stop - start) * spec.context_length for i in range(spec.n_shards) if i not in set(missing) for start, stop in [spec.shard_range(i)])
+    hook = dictionary.required_hook_name
+    done = sum(
+        (stop - start) * spec.context_length
+        for i in range(spec.n_shards)
+        if i not in set(missing)
+        for start, stop in [spec.shard_range(i)]
+    )
     with ui.stage("latents", total=spec.n_tokens, unit="tokens", done=done) as bar:
         for shard in missing:
             start, stop = spec.shard_range(shard)

@@ -1,7 +1,7 @@
 """Language models: where they come from, and forward passes that stop at the last hook.
 
-A GGUF file is dequantised once into a Hugging Face folder and kept in a cache named by the file's digest; ids and folders
-are used as they are. Nothing here trains or changes a model.
+A GGUF file is dequantised once into a Hugging Face folder and kept in a cache named by the file's digest; ids and
+folders are used as they are. Nothing here trains or changes a model.
 """
 
 import os
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipelines.config import ModelConfig
 from pipelines.errors import UsageError
@@ -67,11 +67,15 @@ def resolve_model(config: ModelConfig) -> ResolvedModel:
         revision = None
     else:
         if config.sha256 is not None:
-            raise UsageError("model.sha256 is for single-file sources (.gguf); pin a Hugging Face model with model.revision")
+            raise UsageError(
+                "model.sha256 is for single-file sources (.gguf); pin a Hugging Face model with model.revision"
+            )
         folder, revision = _hub_folder(config)
         weights = sorted(folder.glob("*.safetensors"))
         if not weights:
-            raise UsageError(f"model {source}: {folder} has no .safetensors file; pickled weights are not loaded, convert them first")
+            raise UsageError(
+                f"model {source}: {folder} has no .safetensors file; pickled weights are not loaded, convert them first"
+            )
         digest = sha256_of(weights[0]) if len(weights) == 1 else _joint_digest(weights)
     tokenizer = folder / "tokenizer.json"
     if not tokenizer.is_file():
@@ -96,12 +100,15 @@ def _hub_folder(config: ModelConfig) -> tuple[Path, str | None]:
 
     try:
         folder = snapshot_download(
-            config.source, revision=config.revision, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+            config.source,
+            revision=config.revision,
+            allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"],
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UsageError(
-            f"model {config.source!r} is neither a folder here nor could it be fetched from the Hugging Face Hub ({reason}); "
+            f"model {config.source!r} is neither a folder here nor could it be fetched from the Hugging Face "
+            f"Hub ({reason}); "
             "check the name, the network and, for a gated model, HF_TOKEN"
         ) from error
     return Path(folder), Path(folder).name  # a snapshot folder is named by its commit
@@ -197,10 +204,12 @@ class LanguageModel:
             except ValueError as error:
                 if "trust_remote_code" in str(error):
                     raise UsageError(
-                        f"model {resolved.source} ships Python code of its own; read it, then set model.trust_remote_code: true to run it"
+                        f"model {resolved.source} ships Python code of its own; read it, then set "
+                        "model.trust_remote_code: true to run it"
                     ) from error
                 raise UsageError(f"model {resolved.source} cannot be loaded: {error}") from error
-        self.model: nn.Module = model.to(self.device).eval().requires_grad_(False)
+        # transformers has no types here; what is used of it is the plain module and its Hugging Face methods.
+        self.model: Any = model.to(self.device).eval().requires_grad_(False)
         self.tokenizer = load_tokenizer(resolved)
 
     @property
@@ -230,7 +239,10 @@ class LanguageModel:
             self.model(input_ids=tokens, position_ids=position, use_cache=False)
         missing = [name for name in hook_names if name not in captured]
         if missing:
-            raise UsageError(f"model {self.model_id}: the forward pass never reached {missing}; choose modules that text passes through")
+            raise UsageError(
+                f"model {self.model_id}: the forward pass never reached {missing}; choose modules that text "
+                "passes through"
+            )
         return captured
 
     def check_isolation(self, hook_name: str) -> None:
@@ -240,23 +252,26 @@ class LanguageModel:
             UsageError: a second document's activations depend on the first.
         """
         generator = torch.Generator().manual_seed(0)
-        vocab = int(self.model.get_input_embeddings().weight.shape[0])  # type: ignore[operator, union-attr]
+        vocab = int(self.model.get_input_embeddings().weight.shape[0])
         first, other, second = torch.randint(vocab, (3, 1, 12), generator=generator)
         position = torch.arange(12)
         joint = torch.cat([position, position])[None].to(self.device)
         a, b = (
-            self.capture(torch.cat([lead, second], dim=1).to(self.device), joint, [hook_name])[hook_name][0, 12:].float()
+            self.capture(torch.cat([lead, second], dim=1).to(self.device), joint, [hook_name])[hook_name][
+                0, 12:
+            ].float()
             for lead in (first, other)
         )
         if not torch.allclose(a, b, rtol=0.02, atol=0.02 * float(a.abs().max())):
             raise UsageError(
-                f"model {self.model_id} does not keep packed documents apart (largest difference {float((a - b).abs().max()):.3g}): "
+                f"model {self.model_id} does not keep packed documents apart (largest difference "
+                f"{float((a - b).abs().max()):.3g}): "
                 "set collect.isolate_documents: false, and read labels and audits with that in mind"
             )
 
     def token_strings(self) -> list[str]:
         """Readable text of every token id."""
-        ids = range(int(self.model.get_input_embeddings().weight.shape[0]))  # type: ignore[operator, union-attr]
+        ids = range(int(self.model.get_input_embeddings().weight.shape[0]))
         raw = self.tokenizer.convert_ids_to_tokens(list(ids))
         # SentencePiece marks a leading space with "▁", which converting a lone token would drop.
         lead = [" " if token is not None and token.startswith("▁") else "" for token in raw]
@@ -265,7 +280,7 @@ class LanguageModel:
 
     def unembedding(self) -> tuple[Float[Tensor, " d_in"], Float[Tensor, "d_in vocab"]]:
         """Weight of the final norm and the output matrix, fp32: logits ≈ (norm(x) * weight) @ W_U."""
-        head = self.model.get_output_embeddings().weight.detach().float()  # type: ignore[operator, union-attr]
+        head = self.model.get_output_embeddings().weight.detach().float()
         base: Any = getattr(self.model, self.model.base_model_prefix)
         norm = next((getattr(base, name) for name in ("norm", "ln_f", "final_layer_norm") if hasattr(base, name)), None)
         if norm is None or getattr(norm, "weight", None) is None:

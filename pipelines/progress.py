@@ -1,13 +1,21 @@
 """Progress for people: a bar per stage in a terminal, plain lines elsewhere."""
 
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol, runtime_checkable
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 
@@ -39,14 +47,14 @@ class _RateColumn(ProgressColumn):
     """Units a second since this attempt began."""
 
     def render(self, task: Task) -> Text:
-        done = task.completed - float(task.fields["start"])
+        done = task.completed - float(task.fields["done_before"])
         rate = done / task.elapsed if task.elapsed and done > 0 else 0.0
         return Text(f"{rate:,.0f} {task.fields['unit']}/s" if rate else "", style="green")
 
 
 class _RichBar:
-    def __init__(self, progress: Progress, task: int) -> None:
-        self._progress, self._task = progress, progress.task_ids[task]
+    def __init__(self, progress: Progress, task: TaskID) -> None:
+        self._progress, self._task = progress, task
 
     def advance(self, n: float) -> None:
         self._progress.advance(self._task, n)
@@ -76,18 +84,23 @@ class _LineBar:
         self._last = time.monotonic()
         elapsed = max(self._last - self._began, 1e-9)
         rate = (self._done - self._start) / elapsed
-        self._console.print(
+        _print_line(
+            self._console,
             f"{self._name}: {self._done:,.0f} of {self._total:,.0f} {self._unit}, "
             f"{rate:,.0f} {self._unit}/s, {elapsed:.0f} s {self._note}".rstrip(),
-            highlight=False,
         )
+
+
+def _print_line(console: Console, text: str) -> None:
+    """Print the text as it is: a path in it is neither wrapped nor read as markup."""
+    console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 class ConsoleReporter:
     """Reports to a terminal (bars) or a file (lines)."""
 
     def __init__(self, console: Console | None = None, every_s: float = 10.0) -> None:
-        self.console = console or Console(stderr=False, soft_wrap=not sys.stdout.isatty())
+        self.console = console or Console()
         self._every_s = every_s
 
     @contextmanager
@@ -95,25 +108,26 @@ class ConsoleReporter:
         """See `Reporter.stage`."""
         if not self.console.is_terminal:
             bar = _LineBar(self.console, name, total, unit, done, self._every_s)
+            bar.line()
             yield bar
             bar.line()
             return
         with Progress(
             SpinnerColumn(finished_text="✓"),
-            TextColumn("{task.description:<10}"),
+            TextColumn("{task.description:<10}", markup=False),
             BarColumn(bar_width=30),
             TextColumn("{task.percentage:>3.0f}%"),
             _RateColumn(),
             TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             console=self.console,
         ) as progress:
-            progress.add_task(name, total=total, completed=done, unit=unit, start=done, note="")  # type: ignore[arg-type]
-            yield _RichBar(progress, 0)
+            task = progress.add_task(name, total=total, completed=done, unit=unit, done_before=done, note="")  # type: ignore[arg-type]
+            yield _RichBar(progress, task)
 
     def say(self, text: str) -> None:
         """See `Reporter.say`."""
-        self.console.print(text, highlight=False)
+        _print_line(self.console, text)
 
 
 class SilentReporter:

@@ -2,14 +2,13 @@
 
     collect → train → evaluate → label → export → audit
 
-A stage is finished when its marker carries the key of its present inputs: the config sections that it reads and the keys
-of the stages before it. A change that would make the stored activations or the trained weights something else is refused;
-later stages simply run again.
+A stage is finished when its marker carries the key of its present inputs: the config sections that it reads and the
+keys of the stages before it. A change that would make the stored activations or the trained weights something else is
+refused; later stages simply run again.
 """
 
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +33,7 @@ NEEDS: Mapping[str, tuple[str, ...]] = {
 }
 """Stages whose results a stage reads."""
 USES_RAY = {"collect", "train"}
+"""Stages that start Ray, if they find work for it."""
 
 
 @dataclass
@@ -118,7 +118,8 @@ def _refuse_other_config(run: Run) -> None:
     keys = [key for stage in ("collect", "train") if begun[stage] for key in differing_keys(old[stage], new[stage])]
     if keys:
         raise UsageError(
-            f"{run.dir.path} was made with another config (different: {', '.join(keys)}); its activations and weights would not "
+            f"{run.dir.path} was made with another config (different: {', '.join(keys)}); its activations and "
+            "weights would not "
             f"fit. Choose another --out, or delete {run.dir.path} to start over"
         )
 
@@ -145,15 +146,18 @@ def execute(run: Run, ui: Reporter, stages: tuple[str, ...] = STAGES) -> bool:
         for stage in todo:
             lacking = [need for need in NEEDS[stage] if need not in stages and not run.finished(need)]
             if lacking:
-                raise RunError(f"`sae {stage}` needs the results of {', '.join(lacking)}: run `sae {lacking[0]} {run.dir.path}` first")
+                raise RunError(
+                    f"`sae {stage}` needs the results of {', '.join(lacking)}: run `sae {lacking[0]} "
+                    f"{run.dir.path}` first"
+                )
         save_config(run)
         for folder in (run.dir.path, run.dir.path / "dictionaries", run.dir.path / "labels"):
             if folder.exists():
                 sweep_partials(folder)
-        from pipelines.cluster.local import ray_session
+        from pipelines.cluster.local import ray_scope
 
         for group in _by_engine(todo):
-            with ray_session(run.config.ray) if group[0] in USES_RAY else nullcontext():
+            with ray_scope():
                 for stage in group:
                     _run_stage(run, stage, ui)
     return True
@@ -177,7 +181,7 @@ def validate(run: Run, stages: list[str]) -> None:
 
 
 def _by_engine(stages: list[str]) -> list[list[str]]:
-    """Neighbouring stages that share a Ray session, or need none."""
+    """Neighbouring stages that may share a Ray session, or need none."""
     groups: list[list[str]] = []
     for stage in stages:
         if groups and (groups[-1][0] in USES_RAY) == (stage in USES_RAY):

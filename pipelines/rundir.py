@@ -1,6 +1,7 @@
 """The run directory: where every artefact of a run stands, and which stages are finished.
 
-    runs/NAME/{config.yaml, activations/, checkpoints/SAE/, latents/SAE/, labels/SAE/, dictionaries/SAE/, audit/, metrics.json, events.jsonl, .stages/}
+    runs/NAME/{config.yaml, activations/, checkpoints/SAE/, latents/SAE/, labels/SAE/, dictionaries/SAE/, audit/,
+    metrics.json, events.jsonl, .stages/}
 
 Files appear whole or not at all: written beside, flushed to disk, renamed.
 """
@@ -78,7 +79,9 @@ class RunDir:
 
     def mark_finished(self, stage: str, key: str, seconds: float) -> None:
         """Record that `stage` is finished for the inputs behind `key`."""
-        write_json(self.path / ".stages" / f"{stage}.json", {"key": key, "finished": now(), "seconds": round(seconds, 3)})
+        write_json(
+            self.path / ".stages" / f"{stage}.json", {"key": key, "finished": now(), "seconds": round(seconds, 3)}
+        )
 
     def forget(self, stage: str) -> None:
         """Make `stage` run again."""
@@ -110,7 +113,9 @@ class RunDir:
         try:
             lock.acquire(timeout=0)
         except filelock.Timeout as error:
-            raise RunError(f"another process is working in {self.path}: wait for it, or choose another --out") from error
+            raise RunError(
+                f"another process is working in {self.path}: wait for it, or choose another --out"
+            ) from error
         try:
             yield
         finally:

@@ -1,4 +1,5 @@
-"""Hook names and widths from a model's config alone: built on the meta device, no weights, no forward pass of the real one."""
+"""Hook names and widths from a model's config alone: built on the meta device, no weights, no forward pass of the
+real one."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -22,7 +23,9 @@ def probe_widths(resolved: ResolvedModel, hook_names: Sequence[str], trust_remot
 
     with _quiet_transformers(), torch.device("meta"):
         config = AutoConfig.from_pretrained(resolved.folder, trust_remote_code=trust_remote_code)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", trust_remote_code=trust_remote_code).eval()
+        model = AutoModelForCausalLM.from_config(
+            config, attn_implementation="eager", trust_remote_code=trust_remote_code
+        ).eval()
     widths: dict[str, int] = {}
 
     def keep(name: str, x: Tensor) -> None:
@@ -39,5 +42,8 @@ def probe_widths(resolved: ResolvedModel, hook_names: Sequence[str], trust_remot
         model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
     missing = [name for name in hook_names if name not in widths]
     if missing:
-        raise UsageError(f"model {resolved.source}: the forward pass never reaches {missing}; choose modules that text passes through")
+        raise UsageError(
+            f"model {resolved.source}: the forward pass never reaches {missing}; choose modules that text "
+            "passes through"
+        )
     return widths

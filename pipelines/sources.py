@@ -17,7 +17,8 @@ def locate(source: str, *, sha256: str | None = None) -> Path:
     """
     if source.startswith(PACKAGE_SCHEME):
         package, _, inside = source.removeprefix(PACKAGE_SCHEME).partition("/")
-        spec = importlib.util.find_spec(package)
+        # Of a dotted name, find_spec would import the parent.
+        spec = importlib.util.find_spec(package) if package.isidentifier() else None
         if spec is None or not spec.submodule_search_locations:
             raise UsageError(
                 f"{source}: the package {package!r} is not installed; `make demo` installs the demo's packages, "
@@ -32,7 +33,8 @@ def locate(source: str, *, sha256: str | None = None) -> Path:
         found = sha256_of(path)
         if found != sha256:
             raise UsageError(
-                f"{source}: its SHA-256 is {found}, the config expects {sha256}; install the pinned file, or change the config if the new file is meant"
+                f"{source}: its SHA-256 is {found}, the config expects {sha256}; install the pinned file, or "
+                "change the config if the new file is meant"
             )
     return path
 

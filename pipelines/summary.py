@@ -21,7 +21,11 @@ def summary(run: Run) -> dict[str, Any]:
     audits = {}
     for path in sorted((run.dir.path / "audit").glob("*/audit.json")):
         verdict = json.loads(path.read_text(encoding="utf-8"))["verdict"]
-        audits[path.parent.name] = {"level": verdict["level"], "sentence": verdict["sentence"], "report": str(path.parent / "report.html")}
+        audits[path.parent.name] = {
+            "level": verdict["level"],
+            "sentence": verdict["sentence"],
+            "report": str(path.parent / "report.html"),
+        }
     return {"run": str(run.dir.path), "saes": saes, "audits": audits}
 
 
@@ -30,19 +34,40 @@ def print_summary(run: Run, console: Console) -> None:
     figures = summary(run)
     for name, m in figures["saes"].items():
         spec = run.config.saes[name]
-        table = Table(title=f"{run.config.name} / {name}: {spec.architecture} on {run.config.hook_of(name)}", show_header=False, title_justify="left")
+        table = Table(
+            title=f"{run.config.name} / {name}: {spec.architecture} on {run.config.hook_of(name)}",
+            show_header=False,
+            title_justify="left",
+        )
         table.add_column(style="bold")
         table.add_column(justify="right")
         table.add_column(style="dim")
-        table.add_row("tokens", f"{run.config.collect.n_tokens:,}", f"{m.get('n_heldout_tokens', 0):,} of them held out and not sinks")
+        table.add_row(
+            "tokens",
+            f"{run.config.collect.n_tokens:,}",
+            f"{m.get('n_heldout_tokens', 0):,} of them held out and not sinks",
+        )
         if "l0" in m:
             table.add_row("L0", f"{m['l0']:.1f}", f"active latents a token (k = {spec.k})")
-            table.add_row("FVU", f"{m['fvu']:.3f}", f"unexplained variance, lower is better; with sinks {m['fvu_all']:.3f}")
-            table.add_row("loss recovered", f"{m['ce_loss_score']:.3f}", f"CE score, 1 is perfect; KL score {m['kl_div_score']:.3f}; all tokens spliced {m['ce_loss_score_all']:.3f}")
-            table.add_row("dead latents", f"{m['dead_share']:.1%}", f"of {m['n_latents']:,}, silent on the held-out tokens")
+            table.add_row(
+                "FVU", f"{m['fvu']:.3f}", f"unexplained variance, lower is better; with sinks {m['fvu_all']:.3f}"
+            )
+            table.add_row(
+                "loss recovered",
+                f"{m['ce_loss_score']:.3f}",
+                f"CE score, 1 is perfect; KL score {m['kl_div_score']:.3f}; all tokens spliced "
+                f"{m['ce_loss_score_all']:.3f}",
+            )
+            table.add_row(
+                "dead latents", f"{m['dead_share']:.1%}", f"of {m['n_latents']:,}, silent on the held-out tokens"
+            )
         share = m.get("label_share_labelled")
         if share is not None and not math.isnan(share):
-            table.add_row("labelled", f"{share:.1%}", f"of live latents passed the held-out test; rules dealt at random {m['label_null_share']:.1%}")
+            table.add_row(
+                "labelled",
+                f"{share:.1%}",
+                f"of live latents passed the held-out test; rules dealt at random {m['label_null_share']:.1%}",
+            )
         console.print(table)
     if figures["audits"]:
         table = Table(title="audit", show_header=False, title_justify="left")

@@ -5,7 +5,7 @@ one as a new span, whose attention and positions start again. Contexts are shuff
 train contexts come first, so that a shard is a random sample and a split is a range.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,7 @@ class Packed:
     text_provenance: list[dict[str, Any]]
 
 
-def plan_tokens(sources: Iterable[TextSource], collect: CollectConfig, tokenizer: Any, seed: int) -> Packed:
+def plan_tokens(sources: Sequence[TextSource], collect: CollectConfig, tokenizer: Any, seed: int) -> Packed:
     """Choose, split, tokenise and pack the documents; the same inputs give the same bytes.
 
     Args:
@@ -96,7 +96,8 @@ def _pack(
         part = _pack_split([token_ids[row] for row in rows], rows, length, bos if collect.prepend_bos else None)
         if len(part[0]) == 0:
             raise UsageError(
-                f"the {name} split has {sum(len(token_ids[row]) for row in rows)} tokens, fewer than one context of {length}: "
+                f"the {name} split has {sum(len(token_ids[row]) for row in rows)} tokens, fewer than one "
+                f"context of {length}: "
                 "raise collect.n_tokens, give more documents, or lower collect.context_length"
             )
         order = rng.permutation(len(part[0]))
@@ -142,7 +143,9 @@ def _pack_split(
             taken += len(piece)
             filled += lead + len(piece)
     n_contexts = filled // length
-    arrays = [np.asarray(column[: n_contexts * length], dtype=np.int32).reshape(n_contexts, length) for column in columns]
+    arrays = [
+        np.asarray(column[: n_contexts * length], dtype=np.int32).reshape(n_contexts, length) for column in columns
+    ]
     return arrays[0], arrays[1], arrays[2], arrays[3]
 
 

@@ -1,8 +1,8 @@
 """train: activation store → trained dictionary, through Ray Train.
 
 `train_worker` runs in every Ray Train worker: it reads its share of each shuffled batch, trains, saves exact-resume
-checkpoints on rank 0 and, at the end, calibrates the threshold and writes the dictionary. It takes plain values only, so a
-test may call it without Ray.
+checkpoints on rank 0 and, at the end, calibrates the threshold and writes the dictionary. It takes plain values only,
+so a test may call it without Ray.
 """
 
 import json
@@ -68,7 +68,9 @@ def train(config: RunConfig, run: RunDir, ui: Reporter) -> dict[str, dict[str, A
 def make_job(config: RunConfig, run: RunDir, name: str, store: ActivationStore) -> TrainJob:
     """The job of one SAE."""
     assert config.train is not None
-    cpus = config.train.cpus_per_worker or max(1, (config.ray.num_cpus or os.cpu_count() or 1) // config.train.num_workers)
+    cpus = config.train.cpus_per_worker or max(
+        1, (config.ray.num_cpus or os.cpu_count() or 1) // config.train.num_workers
+    )
     return TrainJob(
         store=str(store_path(config, run).resolve()),
         hook=config.hook_of(name),
@@ -98,7 +100,10 @@ def import_dictionary(config: RunConfig, run: RunDir, name: str, store: Activati
         raise UsageError(f"dictionary.path: {error}") from error
     d_in = store.spec.hook(hook).d_in
     if dictionary.d_in != d_in:
-        raise UsageError(f"the dictionary {where} has d_in {dictionary.d_in}, but {hook} of this model has width {d_in}: choose the hook it was trained on")
+        raise UsageError(
+            f"the dictionary {where} has d_in {dictionary.d_in}, but {hook} of this model has width {d_in}: "
+            "choose the hook it was trained on"
+        )
     provenance = {**dictionary_provenance(config, store, hook), "imported_from": dictionary.provenance or str(where)}
     Dictionary(dictionary.sae, hook_name=hook, metadata=saelens_metadata(provenance)).save(
         run.trained(name), provenance=provenance, overwrite=True
@@ -117,7 +122,9 @@ def load_trained(run: RunDir, name: str) -> Dictionary:
     except FileNotFoundError as error:
         raise RunError(f"the run has no trained dictionary {name!r}: run `sae train` first ({error})") from error
     except ValueError as error:
-        raise RunError(f"{error} Delete {run.trained(name)} and run `sae train` again; it continues from the last checkpoint.") from error
+        raise RunError(
+            f"{error} Delete {run.trained(name)} and run `sae train` again; it continues from the last checkpoint."
+        ) from error
 
 
 def dictionary_provenance(config: RunConfig, store: ActivationStore, hook: str) -> dict[str, Any]:
@@ -152,7 +159,9 @@ def _check_fits(train: TrainConfig, spec: SAESpec, store: ActivationStore, hook:
     if train.n_tokens < train.batch_size:
         problems.append(f"train.n_tokens ({train.n_tokens:,}) is less than one batch ({train.batch_size:,})")
     if train.batch_size % train.num_workers:
-        problems.append(f"train.batch_size ({train.batch_size}) must be a multiple of train.num_workers ({train.num_workers})")
+        problems.append(
+            f"train.batch_size ({train.batch_size}) must be a multiple of train.num_workers ({train.num_workers})"
+        )
     if n_train < train.batch_size:
         problems.append(
             f"the store has {n_train:,} training tokens, too few for one batch of {train.batch_size:,}: "
@@ -163,13 +172,15 @@ def _check_fits(train: TrainConfig, spec: SAESpec, store: ActivationStore, hook:
 
 
 def _run_ray(job: TrainJob, train: TrainConfig, name: str, run: RunDir, ui: Reporter) -> None:
-    from ray.train import FailureConfig, RunConfig as RayRunConfig, ScalingConfig
+    from ray.train import FailureConfig, ScalingConfig
+    from ray.train import RunConfig as RayRunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     checkpoints = Path(job.checkpoints)
     checkpoints.mkdir(parents=True, exist_ok=True)
     n_steps = train.n_tokens // train.batch_size
-    # Ray's own bookkeeping is per attempt: resuming is ours, from `checkpoints`, so that it works without the old driver.
+    # Ray's own bookkeeping is per attempt: resuming is ours, from `checkpoints`, so that it works without the old
+    # driver.
     scratch = checkpoints / ".ray"
     shutil.rmtree(scratch, ignore_errors=True)
     trainer = TorchTrainer(
@@ -182,19 +193,25 @@ def _run_ray(job: TrainJob, train: TrainConfig, name: str, run: RunDir, ui: Repo
             resources_per_worker={"CPU": job.n_threads, **({"GPU": 1} if train.use_gpu else {})},
         ),
         run_config=RayRunConfig(
-            name=f"{name}-{uuid.uuid4().hex[:8]}", storage_path=str(scratch), failure_config=FailureConfig(max_failures=2)
+            name=f"{name}-{uuid.uuid4().hex[:8]}",
+            storage_path=str(scratch),
+            failure_config=FailureConfig(max_failures=2),
         ),
     )
     done = int(_last_line(checkpoints / METRICS_FILE).get("step", 0))
     finished = threading.Event()
     label = "train" if name == "main" else f"train {name}"
     with ui.stage(label, total=n_steps * train.batch_size, unit="tokens", done=done * train.batch_size) as bar:
-        tail = threading.Thread(target=_follow, args=(checkpoints / METRICS_FILE, done, train.batch_size, bar, finished), daemon=True)
+        tail = threading.Thread(
+            target=_follow, args=(checkpoints / METRICS_FILE, done, train.batch_size, bar, finished), daemon=True
+        )
         tail.start()
         try:
             trainer.fit()
         except Exception as error:  # Ray wraps whatever the worker raised; the cause is what the user needs
-            raise RunError(f"training {name} failed: {_root_cause(error)}; rerun to continue from the last checkpoint") from error
+            raise RunError(
+                f"training {name} failed: {_root_cause(error)}; rerun to continue from the last checkpoint"
+            ) from error
         finally:
             finished.set()
             tail.join()
@@ -248,11 +265,15 @@ def _ray_worker(settings: dict[str, Any]) -> None:
     from ray.train.torch import get_device
 
     context = ray.train.get_context()
-    metrics = train_worker(settings["job"], rank=context.get_world_rank(), world_size=context.get_world_size(), device=get_device())
+    metrics = train_worker(
+        settings["job"], rank=context.get_world_rank(), world_size=context.get_world_size(), device=get_device()
+    )
     ray.train.report(metrics)
 
 
-def train_worker(job: TrainJob, *, rank: int = 0, world_size: int = 1, device: torch.device | str = "cpu") -> dict[str, Any]:
+def train_worker(
+    job: TrainJob, *, rank: int = 0, world_size: int = 1, device: torch.device | str = "cpu"
+) -> dict[str, Any]:
     """Train one SAE on this rank; rank 0 saves checkpoints and the dictionary."""
     torch.set_num_threads(job.n_threads)
     store = ActivationStore.open(Path(job.store))
@@ -263,7 +284,10 @@ def train_worker(job: TrainJob, *, rank: int = 0, world_size: int = 1, device: t
     trainer = Trainer(
         build(_sae_config(job.spec, d_in), seed=job.seed),
         TrainerConfig(
-            lr=train.lr, warmup_fraction=train.warmup_fraction, decay_fraction=train.decay_fraction, auxk_alpha=train.auxk_alpha
+            lr=train.lr,
+            warmup_fraction=train.warmup_fraction,
+            decay_fraction=train.decay_fraction,
+            auxk_alpha=train.auxk_alpha,
         ),
         n_steps,
         device=device,

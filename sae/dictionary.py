@@ -66,6 +66,13 @@ class Dictionary:
     # ---- what it is -----------------------------------------------------------------------------------------------
 
     @property
+    def required_hook_name(self) -> str:
+        """`hook_name`. Raises: ValueError if this dictionary does not record it."""
+        if self.hook_name is None:
+            raise ValueError("This dictionary does not record its hook. Pass `hook_name`, such as 'model.layers.8'.")
+        return self.hook_name
+
+    @property
     def config(self) -> SAEConfig:
         return self.sae.config
 
@@ -132,9 +139,7 @@ class Dictionary:
         hook_name: str | None = None,
     ) -> AbstractContextManager[Tap]:
         """Read, splice or edit at this dictionary's hook while a `with` block lasts; see `sae.hooks.attach`."""
-        name = hook_name or self.hook_name
-        if name is None:
-            raise ValueError("This dictionary does not record its hook. Pass `hook_name`, such as 'model.layers.8'.")
+        name = hook_name or self.required_hook_name
         return attach(model, self.sae, name, splice=splice, error=error, edits=edits, passthrough=passthrough)
 
     # ---- folders --------------------------------------------------------------------------------------------------

@@ -175,7 +175,8 @@ class ShuffledReader:
                     taken = window.order[: self.batch_size - filled]
                     window.order = window.order[len(taken) :]
                     # every rank counts from the batch's first row, and `filled` of its rows came before
-                    pieces.append(window.rows[taken[(self.rank - filled) % self.world_size :: self.world_size]])
+                    mine = taken[(self.rank - filled) % self.world_size :: self.world_size]
+                    pieces.append(np.take(window.rows, mine, axis=0))
                     filled += len(taken)
                 yield pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
         finally:

@@ -1,6 +1,7 @@
 """The report's figures as plain Plotly specifications (data and layout), computed from an audit's result alone.
 
-Text from outside (labels) is HTML-escaped here, because Plotly renders a subset of HTML in hover boxes and axis labels.
+Text from outside (labels) is HTML-escaped here, because Plotly renders a subset of HTML in hover boxes and axis labels;
+quotes stay, since it shows their entities as they are.
 """
 
 import html
@@ -96,7 +97,7 @@ def _all_latents(result: AuditResult) -> dict[str, Any]:
                 {
                     "x": [fires[place[latent]] for latent in chosen],
                     "y": [area[place[latent]] for latent in chosen],
-                    "text": [f"latent {k}  {html.escape(short(labels[k]))}" for k in chosen],
+                    "text": [f"latent {k}  {html.escape(short(labels[k]), quote=False)}" for k in chosen],
                     "mode": "markers",
                     "marker": {
                         "size": 9,
@@ -120,7 +121,7 @@ def _forest(result: AuditResult) -> dict[str, Any]:
     top = sorted(result.candidates, key=lambda c: (c is best, c.claim != "not_confirmed", c.auroc), reverse=True)[:5]
     rows = [
         (
-            f"latent {c.latent}" + (f"  <i>{html.escape(short(c.label, 30))}</i>" if c.label else ""),
+            f"latent {c.latent}" + (f"  <i>{html.escape(short(c.label, 30), quote=False)}</i>" if c.label else ""),
             c.auroc,
             c.low,
             c.high,
@@ -218,7 +219,10 @@ def _strip(result: AuditResult, best: Candidate) -> dict[str, Any]:
             {
                 "x": [best.scores[i] for i in rows],
                 "y": (level + rng.uniform(-0.28, 0.28, len(rows))).round(3).tolist(),
-                "text": [html.escape(short(result.examples[i].text or result.examples[i].digest, 90)) for i in rows],
+                "text": [
+                    html.escape(short(result.examples[i].text or result.examples[i].digest, 90), quote=False)
+                    for i in rows
+                ],
                 "mode": "markers",
                 "marker": {"size": 7, "opacity": 0.65, "color": DETECTS if role == "positive" else MUTED},
                 "hovertemplate": "%{text}<br>%{x:.2f}<extra></extra>",

@@ -149,7 +149,7 @@ class _Auditor:
                 [example.text for example in examples],
                 max_tokens=self._config.audit.max_tokens,
                 sink_norm=self._config.sinks.multiple
-                * self._store.statistics(str(self._dictionary.hook_name)).median_norm,
+                * self._store.statistics(self._dictionary.required_hook_name).median_norm,
             )
             return examples, pooled, pooled.n_cut
         try:

@@ -3,6 +3,7 @@
 import logging
 import os
 import secrets
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,29 +15,53 @@ PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 
 
 @contextmanager
-def ray_session(config: RayConfig) -> Iterator[None]:
-    """Ray, ready for actors and training; shut down at the end even when the block fails.
+def ray_scope() -> Iterator[None]:
+    """Shuts down, at the end of the block and also when it fails, the Ray that `start_ray` started inside it."""
+    began_outside = _is_running()
+    try:
+        yield
+    finally:
+        if not began_outside and _is_running():
+            sys.modules["ray"].shutdown()
 
-    A local session gets explicit CPUs and object store, a fresh token (so that no other user of the machine can submit work
-    to it), no dashboard, and no usage reports.
+
+def _is_running() -> bool:
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
+
+
+def start_ray(config: RayConfig) -> None:
+    """Make Ray ready for actors and training; does nothing when it already is. Call it inside a `ray_scope`.
+
+    A local session gets explicit CPUs and object store, a token of this process's own (so that no other user of the
+    machine can submit work to it), no dashboard, and no usage reports.
+
+    Raises:
+        RunError: Ray cannot be started or reached, or was imported too early to learn of the token.
     """
+    if _is_running():
+        return
     # Before the import: Ray reads these once. `setdefault` leaves a cluster's own settings alone.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "180")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if config.address is None:
+    if config.address is None and os.environ.get("RAY_AUTH_MODE") != "token":
+        if "ray" in sys.modules:
+            raise RunError(
+                "ray was imported before the run, too early to protect its session with a token: start the run before "
+                "`import ray`, or set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN before Python starts"
+            )
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     import ray
     import torch
 
-    if ray.is_initialized():
-        yield
-        return
     # Workers import the very packages that the driver runs.
-    runtime_env = {"env_vars": {"PYTHONPATH": os.pathsep.join([str(PACKAGE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}}
+    runtime_env = {
+        "env_vars": {"PYTHONPATH": os.pathsep.join([str(PACKAGE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    }
     try:
         if config.address is None:
             ray.init(
@@ -54,7 +79,3 @@ def ray_session(config: RayConfig) -> Iterator[None]:
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         where = config.address or "this machine"
         raise RunError(f"Ray could not be started or reached at {where}: {error}") from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
