@@ -6,11 +6,14 @@ shard. A killed worker or driver loses at most the shards in flight.
 """
 
 import time
+from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pipelines.cluster.local import require_cpus, start_ray
 from pipelines.config import ModelConfig, RunConfig
 from pipelines.documents import DOCUMENTS_FILE, SPANS_FILE
 from pipelines.errors import RunError
@@ -44,20 +47,25 @@ def open_store(config: RunConfig, run: RunDir) -> ActivationStore:
 
 
 class Harvester:
-    """Fills shards of one store; knows no Ray."""
+    """Fills shards of one store; knows no Ray. The model is loaded with the first shard, so that what fails then is told."""
 
     def __init__(
         self, path: Path, resolved: ResolvedModel, config: ModelConfig, batch_contexts: int, n_threads: int | None
     ) -> None:
         if n_threads is not None:
             torch.set_num_threads(n_threads)
-        self._lm = LanguageModel(resolved, config)
+        self._resolved, self._config = resolved, config
         self._writer = ActivationWriter.open(path)
         self._store = ActivationStore.open(path, tail=True)
         self._hooks = [hook.name for hook in self._writer.spec.hooks]
         self._batch = batch_contexts
+
+    @cached_property
+    def _lm(self) -> LanguageModel:
+        lm = LanguageModel(self._resolved, self._config)
         if self._writer.spec.provenance["packing"]["isolate_documents"]:
-            self._lm.check_isolation(self._hooks[-1])
+            lm.check_isolation(self._hooks[-1])
+        return lm
 
     def harvest(self, shard: int) -> Receipt:
         """Run the model on one shard's contexts and commit them. Batches are a function of the shard alone."""
@@ -100,12 +108,13 @@ def collect(config: RunConfig, run: RunDir, ui: Reporter) -> dict[str, Any]:
                 run.event("shard", shard=receipt.shard, tokens=receipt.n_tokens)
     seconds = time.monotonic() - began
     writer.seal()
-    return {
+    figures = {
         "n_tokens": spec.n_tokens,
         "n_train_tokens": spec.n_train_contexts * spec.context_length,
         "fingerprint": spec.fingerprint,
-        "tokens_per_s": round(written / seconds, 1) if written else None,
     }
+    run.update_metrics("collect", figures)
+    return figures | {"tokens_per_s": round(written / seconds, 1) if written else None}
 
 
 def _tokens(spec: StoreSpec, shards: set[int]) -> int:
@@ -170,11 +179,16 @@ def hook_widths(config: RunConfig, resolved: ResolvedModel) -> dict[str, int]:
     return probe_widths(resolved, config.hooks, config.model.trust_remote_code)
 
 
-def _harvest_all(config: RunConfig, path: Path, resolved: ResolvedModel, shards: list[int]) -> Any:
-    """Hand out shards to actors, one at a time each; yields receipts as they come."""
+def _harvest_all(config: RunConfig, path: Path, resolved: ResolvedModel, shards: list[int]) -> Iterator[Receipt]:
+    """Hand out shards to actors, one at a time each; yields receipts as they come.
+
+    Only an actor that has started gets a shard: where the CPUs suffice for some of the actors, those do all the work.
+    """
+    settings = config.collect
+    require_cpus(config.ray, settings.cpus_per_worker, "collect.cpus_per_worker")
+    start_ray(config.ray)
     import ray
 
-    settings = config.collect
     threads = max(1, int(settings.cpus_per_worker))
     actor_class = ray.remote(
         num_cpus=settings.cpus_per_worker, num_gpus=settings.gpus_per_worker, max_restarts=-1, max_task_retries=-1
@@ -185,21 +199,23 @@ def _harvest_all(config: RunConfig, path: Path, resolved: ResolvedModel, shards:
         for _ in range(n_workers)
     ]
     try:
-        queue = iter(shards)
-        in_flight = {actor.harvest.remote(shard): actor for actor, shard in zip(actors, queue, strict=False)}
-        while in_flight:
+        queue, n_done = iter(shards), 0
+        in_flight = {actor.__ray_ready__.remote(): actor for actor in actors}
+        while n_done < len(shards):
             (done, *_), _ = ray.wait(list(in_flight), num_returns=1)
             actor = in_flight.pop(done)
             try:
                 receipt = ray.get(done)
             except ray.exceptions.RayTaskError as error:
-                raise error.as_instanceof_cause() from None
+                raise error.cause or error from None
             except ray.exceptions.RayActorError as error:
                 raise RunError(f"a collect worker could not be kept alive: {error}; rerun to continue") from error
             next_shard = next(queue, None)
             if next_shard is not None:
                 in_flight[actor.harvest.remote(next_shard)] = actor
-            yield receipt
+            if isinstance(receipt, Receipt):  # not the answer that the actor has started
+                n_done += 1
+                yield receipt
     finally:
         for actor in actors:
             ray.kill(actor)

@@ -187,6 +187,8 @@ class LabelConfig(Section):
 
     enabled: bool = True
     """Off leaves the dictionary without labels."""
+    min_detection: float = Field(0.6, ge=0.5, lt=1)
+    """A label counts when its held-out balanced accuracy has a 95 % lower bound above this; 0.5 is chance."""
 
 
 class AuditConfig(Section):
@@ -244,6 +246,8 @@ class RunConfig(Section):
         for name in saes:
             if not name.replace("-", "").replace("_", "").isalnum():
                 raise ValueError(f"the SAE name {name!r} becomes a folder: use letters, digits, '-' and '_' only")
+            if name == "collect":
+                raise ValueError("an SAE cannot be named 'collect': metrics.json uses that prefix; choose another name")
         return saes
 
     @model_validator(mode="after")

@@ -181,6 +181,15 @@ def pick_device(device: str) -> torch.device:
     return torch.device(device)
 
 
+def unusable(resolved: ResolvedModel, error: Exception) -> UsageError:
+    """What to tell the user when transformers refuses a model folder."""
+    if "trust_remote_code" in str(error):
+        return UsageError(
+            f"model {resolved.source} ships Python code of its own; read it, then set model.trust_remote_code: true to run it"
+        )
+    return UsageError(f"model {resolved.source} cannot be loaded: {error}")
+
+
 class _AllCaptured(Exception):
     """Ends a forward pass once every hook has been seen."""
 
@@ -201,13 +210,8 @@ class LanguageModel:
                     attn_implementation="sdpa",
                     trust_remote_code=config.trust_remote_code,
                 )
-            except ValueError as error:
-                if "trust_remote_code" in str(error):
-                    raise UsageError(
-                        f"model {resolved.source} ships Python code of its own; read it, then set "
-                        "model.trust_remote_code: true to run it"
-                    ) from error
-                raise UsageError(f"model {resolved.source} cannot be loaded: {error}") from error
+            except (ValueError, OSError) as error:
+                raise unusable(resolved, error) from error
         # transformers has no types here; what is used of it is the plain module and its Hugging Face methods.
         self.model: Any = model.to(self.device).eval().requires_grad_(False)
         self.tokenizer = load_tokenizer(resolved)
@@ -290,3 +294,11 @@ class LanguageModel:
             if "Gemma" in type(norm).__name__:  # Gemma's norms multiply by 1 + weight
                 weight = weight + 1
         return weight, head.T.cpu()
+
+
+def language_model_of(run: str | os.PathLike[str]) -> LanguageModel:
+    """The language model of a run directory, as its config names it."""
+    from pipelines.config import load_config
+
+    config = load_config(Path(run) / "config.yaml").model
+    return LanguageModel(resolve_model(config), config)

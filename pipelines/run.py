@@ -20,7 +20,7 @@ from pipelines.config import RunConfig, differing_keys, dump_config
 from pipelines.errors import RunError, UsageError
 from pipelines.progress import Reporter
 from pipelines.rundir import RunDir, key_of, sweep_partials, write_text
-from pipelines.sources import sha256_of
+from pipelines.sources import locate, sha256_of
 
 STAGES = ("collect", "train", "evaluate", "label", "export", "audit")
 NEEDS: Mapping[str, tuple[str, ...]] = {
@@ -137,19 +137,14 @@ def execute(run: Run, ui: Reporter, stages: tuple[str, ...] = STAGES) -> bool:
 
     Raises:
         RunError: a stage is asked for whose inputs are not there.
+        UsageError: see `validate`; nothing has been written then.
     """
     todo = [stage for stage in stages if not run.finished(stage)]
     if not todo:
         return False
+    _require_inputs(run, todo, stages)
+    validate(run, todo)
     with run.dir.lock():
-        validate(run, todo)
-        for stage in todo:
-            lacking = [need for need in NEEDS[stage] if need not in stages and not run.finished(need)]
-            if lacking:
-                raise RunError(
-                    f"`sae {stage}` needs the results of {', '.join(lacking)}: run `sae {lacking[0]} "
-                    f"{run.dir.path}` first"
-                )
         save_config(run)
         for folder in (run.dir.path, run.dir.path / "dictionaries", run.dir.path / "labels"):
             if folder.exists():
@@ -163,11 +158,20 @@ def execute(run: Run, ui: Reporter, stages: tuple[str, ...] = STAGES) -> bool:
     return True
 
 
+def _require_inputs(run: Run, todo: list[str], stages: tuple[str, ...]) -> None:
+    known = run.dir.config_path.exists()
+    for stage in todo:
+        lacking = [need for need in NEEDS[stage] if need not in stages and not run.finished(need)]
+        if lacking:
+            first = f"sae {lacking[0]} {run.dir.path}" if known else f"sae {lacking[0]} CONFIG --out {run.dir.path}"
+            raise RunError(f"`sae {stage}` needs the results of {', '.join(lacking)}: run `{first}` first")
+
+
 def validate(run: Run, stages: list[str]) -> None:
     """Find the mistakes of later stages before the first one starts.
 
     Raises:
-        UsageError: a concept file, model, hook or text that cannot be used.
+        UsageError: a concept file, model, hook, text or dictionary that cannot be used.
     """
     if "audit" in stages:
         from pipelines.audit.run import load_concepts
@@ -177,7 +181,17 @@ def validate(run: Run, stages: list[str]) -> None:
         from pipelines.collect import hook_widths
         from pipelines.models import resolve_model
 
-        hook_widths(run.config, resolve_model(run.config.model))
+        widths = hook_widths(run.config, resolve_model(run.config.model))
+        for text in run.config.text:
+            if text.path is not None:
+                locate(text.path, sha256=text.sha256)
+            if text.topics_path is not None:
+                locate(text.topics_path, sha256=text.topics_sha256)
+        if run.config.dictionary is not None:
+            from pipelines.train import load_source
+
+            hook = run.config.hook_of(next(iter(run.config.saes)))
+            load_source(run.config.dictionary, hook, widths[hook])
 
 
 def _by_engine(stages: list[str]) -> list[list[str]]:
@@ -200,8 +214,29 @@ def _run_stage(run: Run, stage: str, ui: Reporter) -> None:
         run.dir.event("stage failed", stage=stage, error=f"{type(error).__name__}: {error}"[:500])
         raise
     seconds = time.monotonic() - began
-    run.dir.mark_finished(stage, run.keys[stage], seconds)
+    run.dir.mark_finished(stage, run.keys[stage], seconds, _results(run, stage, figures))
     run.dir.event("stage finished", stage=stage, seconds=round(seconds, 2), figures=figures)
+
+
+def _results(run: Run, stage: str, figures: Any) -> list[Path]:
+    """Files without which a stage is not finished, whatever its marker says."""
+    names = run.config.saes
+    match stage:
+        case "collect":
+            from pipelines.collect import store_path
+
+            return [store_path(run.config, run.dir) / "seal.json"]
+        case "train":
+            return [run.dir.trained(name) / "dictionary.json" for name in names]
+        case "evaluate":
+            return [run.dir.metrics_path]
+        case "label":
+            return [run.dir.labels(name) / "features.parquet" for name in names if run.config.label.enabled]
+        case "export":
+            return [run.dir.dictionary(name) / "dictionary.json" for name in names]
+        case "audit":
+            return [Path(verdict["report"]) for verdict in figures.values()]
+    raise AssertionError(stage)
 
 
 def _function(stage: str) -> Callable[[RunConfig, RunDir, Reporter], Any]:

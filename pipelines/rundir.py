@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,16 +71,18 @@ class RunDir:
     # -- stages ------------------------------------------------------------------------------------------------------
 
     def stage_key(self, stage: str) -> str | None:
-        """Key of the inputs with which `stage` finished; None if it has not."""
+        """Key of the inputs with which `stage` finished; None if it has not, or if a result of it was removed since."""
         marker = self.path / ".stages" / f"{stage}.json"
         if not marker.exists():
             return None
-        return str(json.loads(marker.read_text())["key"])
+        record = json.loads(marker.read_text())
+        return str(record["key"]) if all((self.path / result).exists() for result in record["results"]) else None
 
-    def mark_finished(self, stage: str, key: str, seconds: float) -> None:
-        """Record that `stage` is finished for the inputs behind `key`."""
+    def mark_finished(self, stage: str, key: str, seconds: float, results: Iterable[Path] = ()) -> None:
+        """Record that `stage` is finished for the inputs behind `key`, and the files without which it is not."""
+        within = [str(path.relative_to(self.path) if path.is_relative_to(self.path) else path.resolve()) for path in results]
         write_json(
-            self.path / ".stages" / f"{stage}.json", {"key": key, "finished": now(), "seconds": round(seconds, 3)}
+            self.path / ".stages" / f"{stage}.json", {"key": key, "finished": now(), "seconds": round(seconds, 3), "results": within}
         )
 
     def forget(self, stage: str) -> None:
@@ -97,6 +99,10 @@ class RunDir:
         """Set the metrics `prefix.name`; those of other stages stay, older ones under the same names are replaced."""
         merged = self.metrics() | {f"{prefix}.{name}": value for name, value in values.items()}
         write_json(self.metrics_path, dict(sorted(merged.items())))
+
+    def drop_metrics(self, prefix: str) -> None:
+        """Remove the metrics whose names begin with `prefix`."""
+        write_json(self.metrics_path, {name: v for name, v in self.metrics().items() if not name.startswith(prefix)})
 
     def event(self, event: str, **fields: Any) -> None:
         """Append one line to events.jsonl."""

@@ -22,11 +22,10 @@ def summary(run: Run) -> dict[str, Any]:
     for path in sorted((run.dir.path / "audit").glob("*/audit.json")):
         verdict = json.loads(path.read_text(encoding="utf-8"))["verdict"]
         audits[path.parent.name] = {
-            "level": verdict["level"],
-            "sentence": verdict["sentence"],
+            **{key: verdict[key] for key in ("level", "latent", "auroc", "low", "high", "sentence")},
             "report": str(path.parent / "report.html"),
         }
-    return {"run": str(run.dir.path), "saes": saes, "audits": audits}
+    return {"run": str(run.dir.path), "n_tokens": metrics.get("collect.n_tokens"), "saes": saes, "audits": audits}
 
 
 def print_summary(run: Run, console: Console) -> None:
@@ -44,7 +43,7 @@ def print_summary(run: Run, console: Console) -> None:
         table.add_column(style="dim")
         table.add_row(
             "tokens",
-            f"{run.config.collect.n_tokens:,}",
+            f"{figures['n_tokens'] or 0:,}",
             f"{m.get('n_heldout_tokens', 0):,} of them held out and not sinks",
         )
         if "l0" in m:
@@ -70,11 +69,14 @@ def print_summary(run: Run, console: Console) -> None:
             )
         console.print(table)
     if figures["audits"]:
-        table = Table(title="audit", show_header=False, title_justify="left")
-        table.add_column(style="bold")
+        table = Table(title="audit: the best confirmed latent of each concept", title_justify="left")
+        table.add_column("concept", style="bold")
+        table.add_column("verdict")
+        table.add_column("AUROC (95 %)", no_wrap=True)
         table.add_column()
         for name, audit in figures["audits"].items():
-            table.add_row(escape(name), escape(audit["sentence"]))
+            interval = f"{audit['auroc']:.2f} ({audit['low']:.2f}–{audit['high']:.2f})" if audit["auroc"] else "–"
+            table.add_row(escape(name), audit["level"].replace("_", " "), interval, escape(audit["sentence"]))
         console.print(table)
     console.print("look next:", style="bold")
     for name in figures["saes"]:

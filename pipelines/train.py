@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipelines.cluster.local import require_cpus, start_ray
 from pipelines.collect import open_store, store_path
-from pipelines.config import RunConfig, SAESpec, SinkConfig, TrainConfig
+from pipelines.config import DictionarySource, RunConfig, SAESpec, SinkConfig, TrainConfig
 from pipelines.errors import RunError, UsageError
 from pipelines.progress import Reporter
 from pipelines.rundir import RunDir, now
@@ -60,7 +61,7 @@ def train(config: RunConfig, run: RunDir, ui: Reporter) -> dict[str, dict[str, A
         job = make_job(config, run, name, store)
         if not (run.trained(name) / "dictionary.json").exists():
             _check_fits(config.train, spec, store, job.hook, name)
-            _run_ray(job, config.train, name, run, ui)
+            _run_ray(job, config, name, run, ui)
         figures[name] = _last_line(run.checkpoints(name) / METRICS_FILE)
     return figures
 
@@ -89,26 +90,38 @@ def import_dictionary(config: RunConfig, run: RunDir, name: str, store: Activati
     """Take an existing dictionary in place of training one.
 
     Raises:
-        UsageError: it cannot be loaded, or its width is not that of the hook.
+        UsageError: see `load_source`.
     """
     assert config.dictionary is not None
-    where = Path(config.dictionary.path, config.dictionary.subfolder or "")
     hook = config.hook_of(name)
+    dictionary = load_source(config.dictionary, hook, store.spec.hook(hook).d_in)
+    provenance = {
+        **dictionary_provenance(config, store, hook),
+        "imported_from": dictionary.provenance or config.dictionary.path,
+    }
+    Dictionary(dictionary.sae, hook_name=hook, metadata=saelens_metadata(provenance)).save(
+        run.trained(name), provenance=provenance, overwrite=True
+    )
+    return {}
+
+
+def load_source(source: DictionarySource, hook: str, d_in: int) -> Dictionary:
+    """The dictionary that a config names in place of `train:`.
+
+    Raises:
+        UsageError: it cannot be loaded, or its width is not `d_in`, that of the hook.
+    """
+    where = Path(source.path, source.subfolder or "")
     try:
         dictionary = Dictionary.load(where)
     except (ValueError, FileNotFoundError) as error:
         raise UsageError(f"dictionary.path: {error}") from error
-    d_in = store.spec.hook(hook).d_in
     if dictionary.d_in != d_in:
         raise UsageError(
             f"the dictionary {where} has d_in {dictionary.d_in}, but {hook} of this model has width {d_in}: "
             "choose the hook it was trained on"
         )
-    provenance = {**dictionary_provenance(config, store, hook), "imported_from": dictionary.provenance or str(where)}
-    Dictionary(dictionary.sae, hook_name=hook, metadata=saelens_metadata(provenance)).save(
-        run.trained(name), provenance=provenance, overwrite=True
-    )
-    return {}
+    return dictionary
 
 
 def load_trained(run: RunDir, name: str) -> Dictionary:
@@ -171,7 +184,10 @@ def _check_fits(train: TrainConfig, spec: SAESpec, store: ActivationStore, hook:
         raise UsageError("; ".join(problems))
 
 
-def _run_ray(job: TrainJob, train: TrainConfig, name: str, run: RunDir, ui: Reporter) -> None:
+def _run_ray(job: TrainJob, config: RunConfig, name: str, run: RunDir, ui: Reporter) -> None:
+    train = job.config
+    require_cpus(config.ray, job.n_threads * train.num_workers, "train.num_workers and train.cpus_per_worker")
+    start_ray(config.ray)
     from ray.train import FailureConfig, ScalingConfig
     from ray.train import RunConfig as RayRunConfig
     from ray.train.torch import TorchConfig, TorchTrainer

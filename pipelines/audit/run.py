@@ -109,7 +109,7 @@ class _Auditor:
         )
         out = self._run.audit(audit_name)
         marker = f"audit.{audit_name}"
-        if self._run.stage_key(marker) == key and (out / "audit.json").exists():
+        if self._run.stage_key(marker) == key:
             return _line(AuditResult.model_validate_json((out / "audit.json").read_text()), out)
         began = time.monotonic()
         rows, corpus = self._pooled_corpus()
@@ -137,7 +137,7 @@ class _Auditor:
             )
         except ValueError as error:
             raise UsageError(f"concept {concept.name}: {error}") from error
-        self._run.mark_finished(marker, key, time.monotonic() - began)
+        self._run.mark_finished(marker, key, time.monotonic() - began, [out / "audit.json", out / "report.html"])
         return _line(result, out)
 
     def _examples(self, concept: Concept, rows: list[int], corpus: Pooled) -> tuple[list[Example], Pooled, int]:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pipelines.config import RayConfig
-from pipelines.errors import RunError
+from pipelines.errors import RunError, UsageError
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 
@@ -28,6 +28,18 @@ def ray_scope() -> Iterator[None]:
 def _is_running() -> bool:
     ray = sys.modules.get("ray")
     return ray is not None and bool(ray.is_initialized())
+
+
+def require_cpus(config: RayConfig, n_cpus: float, keys: str) -> None:
+    """Refuse work that a Ray on this machine could never place; a cluster may still grow.
+
+    Raises:
+        UsageError: `n_cpus`, which the config's `keys` ask for at once, are more than there are.
+    """
+    if config.address is None and n_cpus > (available := config.num_cpus or os.cpu_count() or 1):
+        raise UsageError(
+            f"{keys} ask for {n_cpus:g} CPUs, the local Ray has {available}: lower them, or raise ray.num_cpus"
+        )
 
 
 def start_ray(config: RayConfig) -> None:

@@ -1,11 +1,13 @@
 """label, as a stage of a run: latents of the whole store, then a label and its test for every latent."""
 
+import shutil
 from dataclasses import asdict
 from typing import Any
 
 from pipelines.collect import open_store
 from pipelines.config import RunConfig
 from pipelines.errors import RunError
+from pipelines.labels.settings import LabelConfig
 from pipelines.labels.stage import label_dictionary
 from pipelines.latents import compute_latents, dictionary_digest
 from pipelines.models import LanguageModel, resolve_model
@@ -16,6 +18,8 @@ from pipelines.train import load_trained
 
 def label(config: RunConfig, run: RunDir, ui: Reporter) -> dict[str, dict[str, Any]]:
     """Label every SAE of the run; returns the summaries, which also go to metrics.json."""
+    if not config.label.enabled:
+        return {}
     store = open_store(config, run)
     lm = LanguageModel(resolve_model(config.model), config.model)
     figures = {}
@@ -30,6 +34,10 @@ def label(config: RunConfig, run: RunDir, ui: Reporter) -> dict[str, dict[str, A
             sink_multiple=config.sinks.multiple,
             digest=dictionary_digest(run.trained(name)),
         )
+        if not config.label.enabled:
+            shutil.rmtree(run.labels(name), ignore_errors=True)
+            run.drop_metrics(f"{name}.label_")
+            continue
         run.labels(name).mkdir(parents=True, exist_ok=True)
         # The logit lens reads a direction of the residual stream; other hooks have another width or meaning.
         unembedding = lm.unembedding() if config.hook_of(name).partition(":")[0].rpartition(".")[2].isdigit() else None
@@ -44,6 +52,7 @@ def label(config: RunConfig, run: RunDir, ui: Reporter) -> dict[str, dict[str, A
                 ui,
                 seed=config.seed,
                 sink_multiple=config.sinks.multiple,
+                config=LabelConfig(min_detection=config.label.min_detection),
             )
         except ValueError as error:
             raise RunError(f"labelling {name}: {error}") from error
