@@ -12,6 +12,7 @@ from pipelines.config import RunConfig
 from pipelines.progress import Reporter
 from pipelines.rundir import RunDir, replacing_directory, write_text
 from pipelines.train import load_trained
+from sae import Dictionary
 from storage import LatentStore
 
 
@@ -45,7 +46,7 @@ def export_dictionary(config: RunConfig, run: RunDir, name: str) -> Path:
         examples = run.labels(name) / "examples.parquet"
         if examples.exists():
             shutil.copyfile(examples, partial / "examples.parquet")
-        write_text(partial / "README.md", model_card(name, config, dictionary.provenance, metrics))
+        write_text(partial / "README.md", model_card(name, config.name, dictionary, metrics))
     return target
 
 
@@ -57,9 +58,9 @@ def _firing_share(run: RunDir, name: str) -> torch.Tensor | None:
     return torch.from_numpy(latents.counts()).double() / latents.n_rows
 
 
-def model_card(name: str, config: RunConfig, provenance: dict[str, Any], metrics: dict[str, Any]) -> str:
+def model_card(name: str, run_name: str, dictionary: Dictionary, metrics: dict[str, Any]) -> str:
     """A model card: what it is, how to load it, how good it is, where it comes from."""
-    spec = config.saes[name]
+    provenance = dictionary.provenance
     rows = [
         ("L0", "l0", "mean active latents a token"),
         ("FVU", "fvu", "unexplained variance; lower is better"),
@@ -79,9 +80,9 @@ library_name: sae-pipelines
 tags: [sparse-autoencoder, interpretability]
 ---
 
-# {config.name} / {name}
+# {run_name} / {name}
 
-A {spec.architecture} sparse autoencoder on `{provenance["hook_name"]}` of `{provenance["model_name"]}`.
+A {dictionary.config.architecture} sparse autoencoder on `{provenance["hook_name"]}` of `{provenance["model_name"]}`.
 
 ```python
 from sae import Dictionary

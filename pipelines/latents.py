@@ -13,6 +13,9 @@ from pipelines.rundir import RunDir
 from sae import Dictionary
 from storage import ActivationStore, LatentStore, LatentWriter
 
+BLOCK_TOKENS = 4096
+"""Tokens that are encoded at once, in whole contexts."""
+
 
 def compute_latents(
     store: ActivationStore,
@@ -52,7 +55,7 @@ def compute_latents(
         for shard in missing:
             start, stop = spec.shard_range(shard)
             rows, latents, values = [], [], []
-            step = max(1, 4096 // spec.context_length)
+            step = max(1, BLOCK_TOKENS // spec.context_length)
             for low in range(start, stop, step):
                 high = min(low + step, stop)
                 x = store.activations(hook, low, high).flatten(0, 1)

@@ -185,7 +185,8 @@ def unusable(resolved: ResolvedModel, error: Exception) -> UsageError:
     """What to tell the user when transformers refuses a model folder."""
     if "trust_remote_code" in str(error):
         return UsageError(
-            f"model {resolved.source} ships Python code of its own; read it, then set model.trust_remote_code: true to run it"
+            f"model {resolved.source} ships Python code of its own; read it, then set model.trust_remote_code: true to "
+            "run it"
         )
     return UsageError(f"model {resolved.source} cannot be loaded: {error}")
 

@@ -14,9 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from pipelines.config import RunConfig, differing_keys, dump_config
+from pipelines.config import RunConfig, differing_keys, dump_config, load_config
 from pipelines.errors import RunError, UsageError
 from pipelines.progress import Reporter
 from pipelines.rundir import RunDir, key_of, sweep_partials, write_text
@@ -109,7 +107,7 @@ def open_run(config: RunConfig, out: Path) -> Run:
 def _refuse_other_config(run: Run) -> None:
     if not run.dir.config_path.exists():
         return
-    before = RunConfig.model_validate(yaml.safe_load(run.dir.config_path.read_text(encoding="utf-8")))
+    before = load_config(run.dir.config_path)
     old, new = stage_sections(before), stage_sections(run.config)
     begun = {
         "collect": run.dir.store_path.exists() or before.collect.store is not None,
@@ -119,8 +117,7 @@ def _refuse_other_config(run: Run) -> None:
     if keys:
         raise UsageError(
             f"{run.dir.path} was made with another config (different: {', '.join(keys)}); its activations and "
-            "weights would not "
-            f"fit. Choose another --out, or delete {run.dir.path} to start over"
+            f"weights would not fit. Choose another --out, or delete {run.dir.path} to start over"
         )
 
 
@@ -187,9 +184,10 @@ def validate(run: Run, stages: list[str]) -> None:
                 locate(text.path, sha256=text.sha256)
             if text.topics_path is not None:
                 locate(text.topics_path, sha256=text.topics_sha256)
-        if run.config.dictionary is not None:
-            from pipelines.train import load_source
+        from pipelines.train import check_settings, load_source
 
+        check_settings(run.config, widths)
+        if run.config.dictionary is not None:
             hook = run.config.hook_of(next(iter(run.config.saes)))
             load_source(run.config.dictionary, hook, widths[hook])
 

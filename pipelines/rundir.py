@@ -80,9 +80,12 @@ class RunDir:
 
     def mark_finished(self, stage: str, key: str, seconds: float, results: Iterable[Path] = ()) -> None:
         """Record that `stage` is finished for the inputs behind `key`, and the files without which it is not."""
-        within = [str(path.relative_to(self.path) if path.is_relative_to(self.path) else path.resolve()) for path in results]
+        within = [
+            str(path.relative_to(self.path) if path.is_relative_to(self.path) else path.resolve()) for path in results
+        ]
         write_json(
-            self.path / ".stages" / f"{stage}.json", {"key": key, "finished": now(), "seconds": round(seconds, 3), "results": within}
+            self.path / ".stages" / f"{stage}.json",
+            {"key": key, "finished": now(), "seconds": round(seconds, 3), "results": within},
         )
 
     def forget(self, stage: str) -> None:

@@ -36,8 +36,8 @@ def probe_widths(resolved: ResolvedModel, hook_names: Sequence[str], trust_remot
     def keep(name: str, x: Tensor) -> None:
         if x.shape[:-1] != tokens.shape or not x.is_floating_point():
             raise UsageError(
-                f"model {resolved.source}: the activations at {name} have shape {tuple(x.shape)} and {x.dtype} for tokens of "
-                f"shape {tuple(tokens.shape)}; choose a module that gives one vector a token"
+                f"model {resolved.source}: the activations at {name} have shape {tuple(x.shape)} and {x.dtype} for "
+                f"tokens of shape {tuple(tokens.shape)}; choose a module that gives one vector a token"
             )
         widths[name] = int(x.shape[-1])
 

@@ -17,7 +17,11 @@ def summary(run: Run) -> dict[str, Any]:
     saes = {}
     for name in run.config.saes:
         prefix = f"{name}."
-        saes[name] = {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
+        record = run.dir.trained(name) / "dictionary.json"
+        saes[name] = {
+            "config": json.loads(record.read_text(encoding="utf-8"))["config"] if record.exists() else {},
+            **{key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)},
+        }
     audits = {}
     for path in sorted((run.dir.path / "audit").glob("*/audit.json")):
         verdict = json.loads(path.read_text(encoding="utf-8"))["verdict"]
@@ -32,9 +36,9 @@ def print_summary(run: Run, console: Console) -> None:
     """Print the table."""
     figures = summary(run)
     for name, m in figures["saes"].items():
-        spec = run.config.saes[name]
+        trained = m["config"]  # of the dictionary itself, which may be one that the run did not train
         table = Table(
-            title=f"{run.config.name} / {name}: {spec.architecture} on {run.config.hook_of(name)}",
+            title=f"{run.config.name} / {name}: {trained.get('architecture', 'SAE')} on {run.config.hook_of(name)}",
             show_header=False,
             title_justify="left",
         )
@@ -47,7 +51,9 @@ def print_summary(run: Run, console: Console) -> None:
             f"{m.get('n_heldout_tokens', 0):,} of them held out and not sinks",
         )
         if "l0" in m:
-            table.add_row("L0", f"{m['l0']:.1f}", f"active latents a token (k = {spec.k})")
+            table.add_row(
+                "L0", f"{m['l0']:.1f}", "active latents a token" + (f" (k = {trained['k']})" if "k" in trained else "")
+            )
             table.add_row(
                 "FVU", f"{m['fvu']:.3f}", f"unexplained variance, lower is better; with sinks {m['fvu_all']:.3f}"
             )

@@ -10,7 +10,8 @@ import os
 import shutil
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,10 @@ from torch import Tensor
 
 from pipelines.cluster.local import require_cpus, start_ray
 from pipelines.collect import open_store, store_path
-from pipelines.config import DictionarySource, RunConfig, SAESpec, SinkConfig, TrainConfig
+from pipelines.config import DictionarySource, RayConfig, RunConfig, SAESpec, SinkConfig, TrainConfig
 from pipelines.errors import RunError, UsageError
 from pipelines.progress import Reporter
-from pipelines.rundir import RunDir, now
+from pipelines.rundir import RunDir, now, write_text
 from sae import BatchTopKConfig, Dictionary, StepMetrics, TopKConfig, Trainer, TrainerConfig, build
 from sae.batchtopk import BatchTopKSAE
 from sae.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
@@ -56,12 +57,12 @@ def train(config: RunConfig, run: RunDir, ui: Reporter) -> dict[str, dict[str, A
     store = open_store(config, run)
     if config.train is None:
         return {name: import_dictionary(config, run, name, store) for name in config.saes}
+    check_settings(config, {hook.name: hook.d_in for hook in store.spec.hooks})
+    _require_one_batch(config.train, store)
     figures = {}
-    for name, spec in config.saes.items():
-        job = make_job(config, run, name, store)
+    for name in config.saes:
         if not (run.trained(name) / "dictionary.json").exists():
-            _check_fits(config.train, spec, store, job.hook, name)
-            _run_ray(job, config, name, run, ui)
+            _run_ray(make_job(config, run, name, store), config, name, run, ui)
         figures[name] = _last_line(run.checkpoints(name) / METRICS_FILE)
     return figures
 
@@ -69,9 +70,6 @@ def train(config: RunConfig, run: RunDir, ui: Reporter) -> dict[str, dict[str, A
 def make_job(config: RunConfig, run: RunDir, name: str, store: ActivationStore) -> TrainJob:
     """The job of one SAE."""
     assert config.train is not None
-    cpus = config.train.cpus_per_worker or max(
-        1, (config.ray.num_cpus or os.cpu_count() or 1) // config.train.num_workers
-    )
     return TrainJob(
         store=str(store_path(config, run).resolve()),
         hook=config.hook_of(name),
@@ -79,11 +77,16 @@ def make_job(config: RunConfig, run: RunDir, name: str, store: ActivationStore) 
         config=config.train,
         sinks=config.sinks,
         seed=config.seed,
-        n_threads=max(1, int(cpus)),
+        n_threads=_threads_per_worker(config.train, config.ray),
         checkpoints=str(run.checkpoints(name).resolve()),
         output=str(run.trained(name).resolve()),
         provenance=dictionary_provenance(config, store, config.hook_of(name)),
     )
+
+
+def _threads_per_worker(train: TrainConfig, ray: RayConfig) -> int:
+    shared_evenly = (ray.num_cpus or os.cpu_count() or 1) // train.num_workers
+    return max(1, int(train.cpus_per_worker or shared_evenly))
 
 
 def import_dictionary(config: RunConfig, run: RunDir, name: str, store: ActivationStore) -> dict[str, Any]:
@@ -162,31 +165,55 @@ def dictionary_provenance(config: RunConfig, store: ActivationStore, hook: str) 
     }
 
 
-def _check_fits(train: TrainConfig, spec: SAESpec, store: ActivationStore, hook: str, name: str) -> None:
-    d_in = store.spec.hook(hook).d_in
+def check_settings(config: RunConfig, widths: Mapping[str, int]) -> None:
+    """Refuse, before anything is collected, what could not be trained.
+
+    Args:
+        widths: d_in of every hook.
+
+    Raises:
+        UsageError: listing all problems.
+    """
+    if config.train is None:
+        return
+    problems = [
+        problem
+        for name, spec in config.saes.items()
+        for problem in _problems(config.train, spec, widths[config.hook_of(name)], name)
+    ]
+    if problems:
+        raise UsageError("; ".join(dict.fromkeys(problems)))
+    n_cpus = _threads_per_worker(config.train, config.ray) * config.train.num_workers
+    require_cpus(config.ray, n_cpus, "train.num_workers and train.cpus_per_worker")
+
+
+def _problems(train: TrainConfig, spec: SAESpec, d_in: int, name: str) -> list[str]:
     d_sae = spec.d_sae or round(spec.expansion_factor * d_in)
-    n_train = store.spec.n_train_contexts * store.spec.context_length
     problems = []
     if spec.k > d_sae:
-        problems.append(f"saes.{name}.k is {spec.k}, more than its {d_sae} latents")
+        problems.append(
+            f"saes.{name}.k is {spec.k}, more than its {d_sae} latents: lower k, or raise d_sae or expansion_factor"
+        )
     if train.n_tokens < train.batch_size:
         problems.append(f"train.n_tokens ({train.n_tokens:,}) is less than one batch ({train.batch_size:,})")
     if train.batch_size % train.num_workers:
         problems.append(
             f"train.batch_size ({train.batch_size}) must be a multiple of train.num_workers ({train.num_workers})"
         )
+    return problems
+
+
+def _require_one_batch(train: TrainConfig, store: ActivationStore) -> None:
+    n_train = store.spec.n_train_contexts * store.spec.context_length
     if n_train < train.batch_size:
-        problems.append(
+        raise UsageError(
             f"the store has {n_train:,} training tokens, too few for one batch of {train.batch_size:,}: "
             "collect more documents (collect.n_tokens) or lower train.batch_size"
         )
-    if problems:
-        raise UsageError("; ".join(problems))
 
 
 def _run_ray(job: TrainJob, config: RunConfig, name: str, run: RunDir, ui: Reporter) -> None:
     train = job.config
-    require_cpus(config.ray, job.n_threads * train.num_workers, "train.num_workers and train.cpus_per_worker")
     start_ray(config.ray)
     from ray.train import FailureConfig, ScalingConfig
     from ray.train import RunConfig as RayRunConfig
@@ -328,16 +355,16 @@ def train_worker(
         sink_multiple=job.sinks.multiple,
         start_batch=trainer.step,
     )
-    metrics = _Metrics(checkpoints / METRICS_FILE, trainer.step) if rank == 0 else None
+    with nullcontext() if rank else _Metrics(checkpoints / METRICS_FILE, trainer.step) as metrics:
 
-    def on_step(step: StepMetrics) -> None:
-        if metrics is None:
-            return
-        metrics.write(step)
-        if step.step % train.checkpoint_every == 0 or step.step == n_steps:
-            save_checkpoint(checkpoints, step.step, trainer.state_dict())
+        def on_step(step: StepMetrics) -> None:
+            if metrics is None:
+                return
+            metrics.write(step)
+            if step.step % train.checkpoint_every == 0 or step.step == n_steps:
+                save_checkpoint(checkpoints, step.step, trainer.state_dict())
 
-    trainer.fit(reader, on_step)
+        trainer.fit(reader, on_step)
     if rank == 0:
         _finish(trainer, store, job)
     return _last_line(checkpoints / METRICS_FILE)
@@ -409,8 +436,14 @@ class _Metrics:
                         kept.append(line)
                 except ValueError:
                     continue  # the line that a killed process was writing
-        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        write_text(path, "".join(f"{line}\n" for line in kept))
         self._file = path.open("a", encoding="utf-8", buffering=1)
+
+    def __enter__(self) -> "_Metrics":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
 
     def write(self, step: StepMetrics) -> None:
         self._file.write(json.dumps({**step._asdict(), "time": now()}) + "\n")

@@ -25,7 +25,18 @@ def run(code: str, blocked: set[str]) -> subprocess.CompletedProcess[str]:
 
 
 def test_sae_needs_only_torch_numpy_safetensors_and_jaxtyping() -> None:
-    blocked = {"pipelines", "storage", "pyarrow", "zarr", "ray", "transformers", "datasets", "typer", "pydantic", "yaml"}
+    blocked = {
+        "pipelines",
+        "storage",
+        "pyarrow",
+        "zarr",
+        "ray",
+        "transformers",
+        "datasets",
+        "typer",
+        "pydantic",
+        "yaml",
+    }
     result = run("import sae, sae.checkpoint, sae.kernels.cpu, sae.interop.saelens", blocked | {"triton", "scipy"})
     assert result.returncode == 0, result.stderr
 

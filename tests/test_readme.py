@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from tests.tiny import tiny_config
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -3,7 +3,9 @@
 import logging
 import os
 import secrets
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +14,10 @@ from pipelines.config import RayConfig
 from pipelines.errors import RunError, UsageError
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
+_TEMPORARY = Path("/tmp") if Path("/tmp").is_dir() else Path(tempfile.gettempdir())
+"""Short, because Ray's sockets stand below it and their paths are limited to about a hundred characters."""
+_SCRATCH = _TEMPORARY / f"sae-ray-{os.getpid()}-{secrets.token_hex(4)}"
+"""Ray's files of this process; not in Ray's shared folder, so that a finished run leaves nothing behind."""
 
 
 @contextmanager
@@ -23,6 +29,18 @@ def ray_scope() -> Iterator[None]:
     finally:
         if not began_outside and _is_running():
             sys.modules["ray"].shutdown()
+            shutil.rmtree(_SCRATCH, ignore_errors=True)
+
+
+def _sweep_killed_sessions() -> None:
+    """Remove what the Rays of killed drivers left behind."""
+    for folder in _TEMPORARY.glob("sae-ray-*-*"):
+        try:
+            os.kill(int(folder.name.split("-")[2]), 0)
+        except ProcessLookupError:
+            shutil.rmtree(folder, ignore_errors=True)
+        except (ValueError, PermissionError):
+            continue  # not ours
 
 
 def _is_running() -> bool:
@@ -67,6 +85,10 @@ def start_ray(config: RayConfig) -> None:
             )
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    if config.address is None:
+        # Ray's agents look so long for the session of a killed driver before they go, by default for a minute.
+        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
+        _sweep_killed_sessions()
     import ray
     import torch
 
@@ -85,6 +107,7 @@ def start_ray(config: RayConfig) -> None:
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 runtime_env=runtime_env,
+                _temp_dir=str(_SCRATCH),
             )
         else:
             ray.init(address=config.address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=runtime_env)

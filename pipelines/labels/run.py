@@ -19,6 +19,9 @@ from pipelines.train import load_trained
 def label(config: RunConfig, run: RunDir, ui: Reporter) -> dict[str, dict[str, Any]]:
     """Label every SAE of the run; returns the summaries, which also go to metrics.json."""
     if not config.label.enabled:
+        for name in config.saes:
+            shutil.rmtree(run.labels(name), ignore_errors=True)
+            run.drop_metrics(f"{name}.label_")
         return {}
     store = open_store(config, run)
     lm = LanguageModel(resolve_model(config.model), config.model)
@@ -34,10 +37,6 @@ def label(config: RunConfig, run: RunDir, ui: Reporter) -> dict[str, dict[str, A
             sink_multiple=config.sinks.multiple,
             digest=dictionary_digest(run.trained(name)),
         )
-        if not config.label.enabled:
-            shutil.rmtree(run.labels(name), ignore_errors=True)
-            run.drop_metrics(f"{name}.label_")
-            continue
         run.labels(name).mkdir(parents=True, exist_ok=True)
         # The logit lens reads a direction of the residual stream; other hooks have another width or meaning.
         unembedding = lm.unembedding() if config.hook_of(name).partition(":")[0].rpartition(".")[2].isdigit() else None

@@ -1,9 +1,11 @@
 """A small store, filled in this process, and a run directory with a trained dictionary on it."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from whole_runs import concepts, finished, whole_config  # noqa: F401
 
 from pipelines.collect import Harvester, open_store, prepare_store, store_path
 from pipelines.config import ModelConfig, RunConfig
@@ -61,3 +63,11 @@ def trained(collected: Run, store: ActivationStore, tmp_path_factory: pytest.Tem
     )
     train_worker(make_job(run.config, run.dir, "main", store))
     return run
+
+
+@pytest.fixture
+def run(trained: Run, tmp_path: Path) -> Run:
+    """A fresh run directory with the trained dictionary in it, for a test to change."""
+    fresh = Run(trained.config, RunDir(tmp_path / "run"))
+    shutil.copytree(trained.dir.checkpoints("main"), fresh.dir.checkpoints("main"))
+    return fresh

@@ -252,13 +252,13 @@ def test_every_prefix_of_two_topics_holds_each_in_proportion_to_within_one_docum
     assert (np.abs(np.cumsum(is_a) - proportional) < 1 + 1e-9).all()
 
 
-def test_order_is_uniform_within_a_topic_and_follows_the_seed():
-    topics = ["a"] * 5 + ["b"] * 20
-    first = [stratified_order(topics, np.random.default_rng(seed))[:5].tolist() for seed in range(2000)]
-    share = np.bincount(np.concatenate(first), minlength=25) / 2000
+def test_order_favours_no_topic_and_no_document_and_follows_the_seed():
+    topics = ["a"] * 5 + ["b"] * 20 + [f"single {i}" for i in range(15)]
+    first = [stratified_order(topics, np.random.default_rng(seed))[:8].tolist() for seed in range(2000)]
+    share = np.bincount(np.concatenate(first), minlength=40) / 2000
     # Each document is among the first fifth with probability near 1/5, whatever its topic's size (sd 0.009).
     np.testing.assert_allclose(share, 0.2, atol=0.05)
-    assert first[3] == stratified_order(topics, np.random.default_rng(3))[:5].tolist()
+    assert first[3] == stratified_order(topics, np.random.default_rng(3))[:8].tolist()
 
 
 @given(topics=topics, fraction=st.floats(0.02, 0.9))

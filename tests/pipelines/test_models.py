@@ -50,7 +50,7 @@ def plain_forward(lm: LanguageModel, tokens: torch.Tensor) -> tuple[dict[str, to
     return seen, logits
 
 
-# -- capture -------------------------------------------------------------------------------------------------------------
+# -- capture -----------------------------------------------------------------------------------------------------------
 
 
 def test_capture_equals_a_plain_forward_with_hooks(lm, tokens, position):
@@ -132,7 +132,7 @@ def test_check_isolation_refuses_a_model_that_ignores_positions(lm, monkeypatch)
         lm.check_isolation("model.layers.2")
 
 
-# -- vocabulary ----------------------------------------------------------------------------------------------------------
+# -- vocabulary --------------------------------------------------------------------------------------------------------
 
 
 def test_token_strings_join_to_the_text(lm):
@@ -178,7 +178,7 @@ def test_unembedding_counts_the_final_norms_weight(lm):
         weight.copy_(before)
 
 
-# -- widths without weights ----------------------------------------------------------------------------------------------
+# -- widths without weights --------------------------------------------------------------------------------------------
 
 
 def test_probed_widths_equal_real_ones(lm, resolved, tokens, position):
@@ -188,7 +188,7 @@ def test_probed_widths_equal_real_ones(lm, resolved, tokens, position):
         "model.layers.0:output",
     ]  # fmt: skip
     widths = probe_widths(resolved, hooks)
-    assert list(widths) and set(widths) == set(hooks)
+    assert set(widths) == set(hooks)
     for name in hooks:
         assert widths[name] == lm.capture(tokens, position, [name])[name].shape[-1], name
     assert len(set(widths.values())) > 3
@@ -197,7 +197,7 @@ def test_probed_widths_equal_real_ones(lm, resolved, tokens, position):
 def test_probe_lists_the_nearest_names_of_an_unknown_hook(resolved):
     with pytest.raises(UsageError, match=r"model .*got 'model\.layers\.11'\. Nearest: model\.layers\.1"):
         probe_widths(resolved, ["model.layers.11"])
-    with pytest.raises(UsageError, match="A hook name ends in `:output` or `:input`, got 'model.layers.1:inptu'"):
+    with pytest.raises(UsageError, match=r"A hook name ends in `:output` or `:input`, got 'model\.layers\.1:inptu'"):
         probe_widths(resolved, ["model.layers.1:inptu"])
 
 
@@ -214,7 +214,7 @@ def test_probe_refuses_what_is_not_one_vector_a_token(resolved, name):
         probe_widths(resolved, [name])
 
 
-# -- where models come from ----------------------------------------------------------------------------------------------
+# -- where models come from --------------------------------------------------------------------------------------------
 
 
 def test_provenance_names_the_source_and_digests_but_no_other_path(tiny_model, resolved):
@@ -263,7 +263,7 @@ def test_digest_is_for_single_files(folder):
 @pytest.mark.parametrize("source", ["nobody/no-such-model", "not a name!"])
 def test_model_that_is_nowhere_says_what_to_check(source):
     with pytest.raises(
-        UsageError, match="is neither a folder here nor could it be fetched .*; check the name, the network"
+        UsageError, match=r"is neither a folder here nor could it be fetched .*; check the name, the network"
     ):
         resolve_model(ModelConfig(source=source))
 
