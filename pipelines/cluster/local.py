@@ -86,8 +86,6 @@ def start_ray(config: RayConfig) -> None:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     if config.address is None:
-        # Ray's agents look so long for the session of a killed driver before they go, by default for a minute.
-        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
         _sweep_killed_sessions()
     import ray
     import torch

@@ -68,7 +68,7 @@ def sentence(process: subprocess.CompletedProcess[str], exit_code: int) -> str:
     return re.sub(r"\s+", " ", process.stderr.removeprefix("sae: ")).strip()
 
 
-# -- what a run left -----------------------------------------------------------------------------------------------------
+# -- what a run left ---------------------------------------------------------------------------------------------------
 
 
 def events(out: Path) -> list[dict[str, Any]]:
@@ -130,7 +130,7 @@ def same_outcome(out: Path, other: Path) -> bool:
     return True
 
 
-# -- killing -------------------------------------------------------------------------------------------------------------
+# -- killing -----------------------------------------------------------------------------------------------------------
 
 
 class Driver:
@@ -163,14 +163,19 @@ class Driver:
         return found
 
     def kill(self, *, group: bool) -> list[psutil.Process]:
-        """SIGKILL the driver, or its whole process group; returns its descendants that outlive it for long."""
-        below = self.descendants()
+        """SIGKILL the driver, or its whole process group, and see its workers go.
+
+        Returns: the two idle agents of Ray, which try for a minute to tell the dead session of its death.
+        """
+        agents = self.descendants("ray::DashboardAgent") + self.descendants("ray::RuntimeEnvAgent")
+        others = [process for process in self.descendants() if process not in agents]
         if group:
             os.killpg(self.process.pid, signal.SIGKILL)
         else:
             self.process.kill()
         self.process.wait()
-        return psutil.wait_procs(below, timeout=30)[1]
+        assert not psutil.wait_procs(others, timeout=20)[1]
+        return agents
 
     def finish(self, timeout: float = 200) -> str:
         """Wait for the end, which must be a good one; returns what it printed."""
