@@ -15,10 +15,10 @@ from torch import Tensor
 
 from pipelines.collect import open_store
 from pipelines.config import EvaluateConfig, RunConfig
+from pipelines.dictionaries import load_trained
 from pipelines.models import LanguageModel, resolve_model
 from pipelines.progress import Bar, Reporter
 from pipelines.rundir import RunDir
-from pipelines.train import load_trained
 from sae import Dictionary
 from sae.hooks import replace_activations
 from sae.metrics import FVU, L0, ActivationFrequency

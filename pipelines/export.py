@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import torch
 
 from pipelines.config import RunConfig
+from pipelines.dictionaries import load_trained
 from pipelines.progress import Reporter
 from pipelines.rundir import RunDir, replacing_directory, write_text
-from pipelines.train import load_trained
 from sae import Dictionary
 from storage import LatentStore
 

@@ -184,7 +184,8 @@ def validate(run: Run, stages: list[str]) -> None:
                 locate(text.path, sha256=text.sha256)
             if text.topics_path is not None:
                 locate(text.topics_path, sha256=text.topics_sha256)
-        from pipelines.train import check_settings, load_source
+        from pipelines.dictionaries import load_source
+        from pipelines.train import check_settings
 
         check_settings(run.config, widths)
         if run.config.dictionary is not None:

@@ -13,6 +13,7 @@ from pipelines.audit.stage import AuditSettings, audit_concept
 from pipelines.collect import open_store
 from pipelines.config import RunConfig
 from pipelines.configfiles import concept_path
+from pipelines.dictionaries import load_trained
 from pipelines.documents import DOCUMENTS_FILE, Documents
 from pipelines.encode import Pooled, encode_texts, pool_documents
 from pipelines.errors import UsageError
@@ -22,7 +23,6 @@ from pipelines.models import LanguageModel, resolve_model
 from pipelines.progress import Reporter
 from pipelines.rundir import RunDir, key_of
 from pipelines.sources import sha256_of
-from pipelines.train import load_trained
 from sae import Dictionary
 from storage import ActivationStore
 

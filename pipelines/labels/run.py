@@ -6,6 +6,7 @@ from typing import Any
 
 from pipelines.collect import open_store
 from pipelines.config import RunConfig
+from pipelines.dictionaries import load_trained
 from pipelines.errors import RunError
 from pipelines.labels.settings import LabelConfig
 from pipelines.labels.stage import label_dictionary
@@ -13,7 +14,6 @@ from pipelines.latents import compute_latents, dictionary_digest
 from pipelines.models import LanguageModel, resolve_model
 from pipelines.progress import Reporter
 from pipelines.rundir import RunDir
-from pipelines.train import load_trained
 
 
 def label(config: RunConfig, run: RunDir, ui: Reporter) -> dict[str, dict[str, Any]]:

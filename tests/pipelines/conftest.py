@@ -13,7 +13,8 @@ from pipelines.models import LanguageModel, ResolvedModel, resolve_model
 from pipelines.progress import SilentReporter
 from pipelines.run import Run
 from pipelines.rundir import RunDir
-from pipelines.train import make_job, train_worker
+from pipelines.train import make_job
+from pipelines.train_worker import train_worker
 from storage import ActivationStore
 from tests.tiny import tiny_config
 

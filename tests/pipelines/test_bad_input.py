@@ -1,4 +1,4 @@
-"""What a user gets for a mistake or a damaged file: an exit code, one message that says the fix, nothing half-written."""
+"""What a user gets for a mistake or a damaged file: exit code, one message with the fix, nothing half-written."""
 
 import json
 import re
@@ -22,7 +22,7 @@ def altered(finished: FinishedRun, tmp_path: Path, **sections: object) -> Path:
     return path
 
 
-# -- requests that cannot be right: exit 2, and the run directory is not even made ---------------------------------------
+# -- requests that cannot be right: exit 2, and the run directory is not even made -
 
 SETTINGS = {
     "unknown key": (
@@ -127,7 +127,7 @@ def test_run_refuses_a_folder_that_is_no_run_directory(tmp_path):
     assert "is not a run directory: it has no config.yaml" in sentence(sae("run", tmp_path), 2)
 
 
-# -- texts that turn out too small while they are packed -----------------------------------------------------------------
+# -- texts that turn out too small while they are packed -
 
 
 def test_collect_refuses_too_few_documents_and_leaves_no_store(finished: FinishedRun, tmp_path):
@@ -146,7 +146,7 @@ def test_audit_refuses_a_topic_with_too_few_documents_and_leaves_no_audit(finish
     assert not (run.out / "audit/few").exists()
 
 
-# -- one run directory, one config, one process --------------------------------------------------------------------------
+# -- one run directory, one config, one process -
 
 
 def test_run_refuses_a_shared_store_of_another_config_naming_the_keys(finished: FinishedRun, tmp_path):
@@ -175,7 +175,7 @@ def test_run_refuses_a_damaged_run_config(finished: FinishedRun, tmp_path):
     assert re.search(r"config\.yaml is not valid YAML", sentence(sae("run", finished.config, "--out", run.out), 2))
 
 
-# -- damaged files -------------------------------------------------------------------------------------------------------
+# -- damaged files -
 
 
 def last_shard(out: Path) -> Path:

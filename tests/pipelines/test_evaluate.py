@@ -6,10 +6,10 @@ import torch
 from dictionaries import perfect_dictionary, random_dictionary, zero_dictionary
 
 from pipelines.config import EvaluateConfig, ModelConfig
+from pipelines.dictionaries import load_trained
 from pipelines.evaluate import evaluate, evaluate_reconstruction, evaluate_splice
 from pipelines.models import LanguageModel
 from pipelines.progress import SilentReporter
-from pipelines.train import load_trained
 
 HOOK = "model.layers.1"
 MULTIPLE = 1.2

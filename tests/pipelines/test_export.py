@@ -6,13 +6,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from pipelines.dictionaries import load_trained
 from pipelines.errors import RunError
 from pipelines.evaluate import evaluate
 from pipelines.export import export
 from pipelines.features import read_labels
 from pipelines.latents import compute_latents, dictionary_digest
 from pipelines.progress import SilentReporter
-from pipelines.train import load_trained
 from sae import Dictionary, JumpReLUConfig, build
 
 FEATURES = pa.table({"latent": list(range(96)), "label": ["rivers", None] * 48})

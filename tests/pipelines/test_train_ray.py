@@ -14,7 +14,8 @@ from pipelines.evaluate import evaluate_reconstruction
 from pipelines.progress import SilentReporter
 from pipelines.run import STAGES
 from pipelines.rundir import RunDir
-from pipelines.train import make_job, train_worker
+from pipelines.train import make_job
+from pipelines.train_worker import train_worker
 from sae import Dictionary
 
 

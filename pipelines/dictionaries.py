@@ -1,0 +1,95 @@
+"""The dictionary of a run before export: trained here or taken from elsewhere, and what it says about its origin."""
+
+from pathlib import Path
+from typing import Any
+
+from pipelines.config import DictionarySource, RunConfig
+from pipelines.errors import RunError, UsageError
+from pipelines.rundir import RunDir
+from pipelines.versions import versions
+from sae import Dictionary
+from storage import ActivationStore
+
+
+def import_dictionary(config: RunConfig, run: RunDir, name: str, store: ActivationStore) -> dict[str, Any]:
+    """Take an existing dictionary in place of training one.
+
+    Raises:
+        UsageError: see `load_source`.
+    """
+    assert config.dictionary is not None
+    hook = config.hook_of(name)
+    dictionary = load_source(config.dictionary, hook, store.spec.hook(hook).d_in)
+    provenance = {
+        **dictionary_provenance(config, store, hook),
+        "imported_from": dictionary.provenance or config.dictionary.path,
+    }
+    Dictionary(dictionary.sae, hook_name=hook, metadata=saelens_metadata(provenance)).save(
+        run.trained(name), provenance=provenance, overwrite=True
+    )
+    return {}
+
+
+def load_source(source: DictionarySource, hook: str, d_in: int) -> Dictionary:
+    """The dictionary that a config names in place of `train:`.
+
+    Raises:
+        UsageError: it cannot be loaded, or its width is not `d_in`, that of the hook.
+    """
+    where = Path(source.path, source.subfolder or "")
+    try:
+        dictionary = Dictionary.load(where)
+    except (ValueError, FileNotFoundError) as error:
+        raise UsageError(f"dictionary.path: {error}") from error
+    if dictionary.d_in != d_in:
+        raise UsageError(
+            f"the dictionary {where} has d_in {dictionary.d_in}, but {hook} of this model has width {d_in}: "
+            "choose the hook it was trained on"
+        )
+    return dictionary
+
+
+def load_trained(run: RunDir, name: str) -> Dictionary:
+    """The trained dictionary of a run.
+
+    Raises:
+        RunError: it is not there yet, or damaged.
+    """
+    try:
+        return Dictionary.load(run.trained(name))
+    except FileNotFoundError as error:
+        raise RunError(f"the run has no trained dictionary {name!r}: run `sae train` first ({error})") from error
+    except ValueError as error:
+        raise RunError(
+            f"{error} Delete {run.trained(name)} and run `sae train` again; it continues from the last checkpoint."
+        ) from error
+
+
+def dictionary_provenance(config: RunConfig, store: ActivationStore, hook: str) -> dict[str, Any]:
+    """What a dictionary says about where it comes from."""
+    provenance = store.spec.provenance
+    return {
+        "model_name": provenance["model"]["source"],
+        "model": provenance["model"],
+        "text": provenance["text"],
+        "packing": provenance["packing"],
+        "hook_name": hook,
+        "context_size": store.spec.context_length,
+        "store_fingerprint": store.spec.fingerprint,
+        "dtype": provenance["forward"]["dtype"],
+        "sink_multiple": config.sinks.multiple,
+        "median_norm": store.statistics(hook).median_norm,
+        "train": config.train.model_dump(mode="json") if config.train else None,
+        "seed": config.seed,
+        "versions": versions(),
+    }
+
+
+def saelens_metadata(provenance: dict[str, Any]) -> dict[str, Any]:
+    """What SAELens looks for in cfg.json."""
+    return {
+        "model_name": provenance["model_name"],
+        "context_size": provenance["context_size"],
+        "dataset_path": ", ".join(text["origin"] for text in provenance["text"]),
+        "prepend_bos": provenance["packing"]["prepend_bos"],
+    }

@@ -1,0 +1,183 @@
+"""One rank of a training run: reads its share of each shuffled batch, trains, and on rank 0 saves.
+
+Knows no Ray: `pipelines.train` runs it under Ray Train, and a test may call it inline.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipelines.config import SAESpec, SinkConfig, TrainConfig
+from pipelines.dictionaries import saelens_metadata
+from pipelines.rundir import now, write_text
+from sae import BatchTopKConfig, Dictionary, StepMetrics, TopKConfig, Trainer, TrainerConfig, build
+from sae.batchtopk import BatchTopKSAE
+from sae.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from storage import ActivationStore, ShuffledReader
+
+CALIBRATION_TOKENS = 2**17
+"""Tokens behind b_dec's start and the input scale (a sixteenth) and behind the inference threshold."""
+
+METRICS_FILE = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """Everything that a worker needs; plain values and paths."""
+
+    store: str
+    hook: str
+    spec: SAESpec
+    config: TrainConfig
+    sinks: SinkConfig
+    seed: int
+    n_threads: int
+    checkpoints: str
+    output: str
+    provenance: dict[str, Any]
+
+
+def train_worker(
+    job: TrainJob, *, rank: int = 0, world_size: int = 1, device: torch.device | str = "cpu"
+) -> dict[str, Any]:
+    """Train one SAE on this rank; rank 0 saves checkpoints and the dictionary."""
+    torch.set_num_threads(job.n_threads)
+    store = ActivationStore.open(Path(job.store))
+    train = job.config
+    d_in = store.spec.hook(job.hook).d_in
+    n_steps = train.n_tokens // train.batch_size
+    sample = _sample(store, job, CALIBRATION_TOKENS // 16)
+    trainer = Trainer(
+        build(_sae_config(job.spec, d_in), seed=job.seed),
+        TrainerConfig(
+            lr=train.lr,
+            warmup_fraction=train.warmup_fraction,
+            decay_fraction=train.decay_fraction,
+            auxk_alpha=train.auxk_alpha,
+        ),
+        n_steps,
+        device=device,
+        input_scale=_input_scale(sample) if train.normalize == "scale" else 1.0,
+    )
+    checkpoints = Path(job.checkpoints)
+    found = latest_checkpoint(checkpoints)
+    if found is not None:
+        trainer.load_state_dict(load_checkpoint(found))
+    else:
+        trainer.initialise(sample)
+    reader = ShuffledReader(
+        store,
+        job.hook,
+        split="train",
+        batch_size=train.batch_size,
+        seed=job.seed,
+        window_contexts=train.shuffle_contexts,
+        rank=rank,
+        world_size=world_size,
+        exclude_sinks=not job.sinks.train_on_them,
+        sink_multiple=job.sinks.multiple,
+        start_batch=trainer.step,
+    )
+    with nullcontext() if rank else _Metrics(checkpoints / METRICS_FILE, trainer.step) as metrics:
+
+        def on_step(step: StepMetrics) -> None:
+            if metrics is None:
+                return
+            metrics.write(step)
+            if step.step % train.checkpoint_every == 0 or step.step == n_steps:
+                save_checkpoint(checkpoints, step.step, trainer.state_dict())
+
+        trainer.fit(reader, on_step)
+    if rank == 0:
+        _finish(trainer, store, job)
+    return last_line(checkpoints / METRICS_FILE)
+
+
+def _finish(trainer: Trainer, store: ActivationStore, job: TrainJob) -> None:
+    """Calibrate the inference threshold and write the trained dictionary."""
+    sae = trainer.export()
+    if isinstance(sae, BatchTopKSAE):
+        sae.calibrate_threshold(_calibration(store, job, CALIBRATION_TOKENS))
+    Dictionary(sae, hook_name=job.hook, metadata=saelens_metadata(job.provenance)).save(
+        job.output, provenance=job.provenance, overwrite=True
+    )
+
+
+def _sae_config(spec: SAESpec, d_in: int) -> BatchTopKConfig | TopKConfig:
+    d_sae = spec.d_sae or round(spec.expansion_factor * d_in)
+    if spec.architecture == "batchtopk":
+        return BatchTopKConfig(d_in=d_in, d_sae=d_sae, k=spec.k)
+    return TopKConfig(d_in=d_in, d_sae=d_sae, k=spec.k)
+
+
+def _calibration(store: ActivationStore, job: TrainJob, n_tokens: int) -> Iterator[Tensor]:
+    """Training tokens in store order (contexts are already shuffled), sinks left out as in training."""
+    start, stop = store.spec.split_range("train")
+    step = max(1, 4096 // store.spec.context_length)
+    for low in range(start, stop, step):
+        high = min(low + step, stop)
+        if (low - start) * store.spec.context_length >= n_tokens:
+            return
+        x = store.activations(job.hook, low, high).float()
+        if job.sinks.train_on_them:
+            yield x.flatten(0, 1)
+        else:
+            yield x[~torch.from_numpy(store.sink_mask(job.hook, low, high, job.sinks.multiple))]
+
+
+def _sample(store: ActivationStore, job: TrainJob, n_tokens: int) -> Tensor:
+    """The same rows on every rank."""
+    return torch.cat(list(_calibration(store, job, n_tokens)))
+
+
+def _input_scale(sample: Tensor) -> float:
+    """Factor that makes the mean squared distance from the mean equal to the width."""
+    centred = sample.double() - sample.double().mean(0)
+    return float((sample.shape[1] / centred.square().sum(1).mean()).sqrt())
+
+
+class _Metrics:
+    """JSON lines, one a step; lines past the step that a resume starts from are dropped."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = []
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line)
+                except ValueError:
+                    continue  # the line that a killed process was writing
+        write_text(path, "".join(f"{line}\n" for line in kept))
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+
+    def __enter__(self) -> "_Metrics":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def write(self, step: StepMetrics) -> None:
+        self._file.write(json.dumps({**step._asdict(), "time": now()}) + "\n")
+
+
+def last_line(path: Path) -> dict[str, Any]:
+    """The newest whole line of a JSON-lines file; empty when there is none."""
+    if not path.exists():
+        return {}
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 4096))
+        lines = file.read().split(b"\n")[:-1]
+    for line in reversed(lines):
+        try:
+            return dict(json.loads(line))
+        except ValueError:
+            continue
+    return {}
