@@ -47,7 +47,7 @@ def open_store(config: RunConfig, run: RunDir) -> ActivationStore:
 
 
 class Harvester:
-    """Fills shards of one store; knows no Ray. The model is loaded with the first shard, so its caller hears what fails."""
+    """Fills shards of one store; knows no Ray. The model comes with the first shard, whose caller hears what fails."""
 
     def __init__(
         self, path: Path, resolved: ResolvedModel, config: ModelConfig, batch_contexts: int, n_threads: int | None

@@ -1,7 +1,7 @@
 """train: activation store → trained dictionary, through Ray Train.
 
-The driver checks the settings, starts a `TorchTrainer` whose workers run `train_worker`, and follows the steps that rank
-0 records. Resuming is ours, from checkpoints in the run directory, so that it works when driver and cluster are gone.
+The driver checks the settings, starts a `TorchTrainer` whose workers run `train_worker`, and follows the steps that
+rank 0 records. Resuming is ours, from checkpoints in the run directory: it works when driver and cluster are gone.
 """
 
 import os

@@ -8,7 +8,7 @@ from pathlib import Path
 import filelock
 import pytest
 import yaml
-from command_line import FinishedRun, files, must, sae, sentence, stages
+from command_line import FinishedRun, files, must, sae, sae_here, sentence, stages
 
 from pipelines.run import STAGES
 from storage import verify
@@ -22,7 +22,7 @@ def altered(finished: FinishedRun, tmp_path: Path, **sections: object) -> Path:
     return path
 
 
-# -- requests that cannot be right: exit 2, and the run directory is not even made -
+# -- requests that cannot be right: exit 2, and the run directory is not even made -------------------------------------
 
 SETTINGS = {
     "unknown key": (
@@ -46,11 +46,11 @@ SETTINGS = {
         r"the package 'no_such_package' is not installed; `make demo` installs the demo's packages",
     ),
     "wrong digest": (
-        "text.0.sha256=" + "0" * 64,
-        r"its SHA-256 is [0-9a-f]{64}, the config expects 0{64}; install the pinned file, or change the config",
+        "text.0.sha256=" + "f" * 64,
+        r"its SHA-256 is [0-9a-f]{64}, the config expects f{64}; install the pinned file, or change the config",
     ),
     "unknown hook": (
-        "hooks.1=model.layers.7",
+        "hooks.0=model.layers.7",
         r"must be the path of a module of LlamaForCausalLM, got 'model\.layers\.7'\. Nearest: model\.layers\.\d",
     ),
     "k above d_sae": (
@@ -72,11 +72,17 @@ SETTINGS = {
 }
 
 
+def test_command_ends_with_one_sentence_and_its_exit_code(finished: FinishedRun, tmp_path):
+    told = sentence(sae("run", finished.config, "--out", tmp_path / "run", "--set", "train.learning_rate=1"), 2)
+    assert re.fullmatch(
+        r"config .*whole\.yaml: unknown key `train\.learning_rate`; the nearest valid key is `\w+`", told
+    )
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(("setting", "message"), SETTINGS.values(), ids=SETTINGS.keys())
 def test_run_refuses_before_it_makes_anything(finished: FinishedRun, tmp_path, setting, message):
-    hooks = ["model.layers.0", "model.layers.1"] if setting.startswith("hooks") else None
-    config = finished.config if hooks is None else altered(finished, tmp_path, hooks=["model.layers.1", "x"])
-    told = sentence(sae("run", config, "--out", tmp_path / "run", "--set", setting), 2)
+    told = sentence(sae_here("run", finished.config, "--out", tmp_path / "run", "--set", setting), 2)
     assert re.search(message, told), told
     assert not (tmp_path / "run").exists()
 
@@ -87,7 +93,7 @@ def test_run_refuses_a_concept_with_one_class_and_a_misspelt_key_listing_all_pro
     misspelt = tmp_path / "misspelt.yaml"
     misspelt.write_text(yaml.safe_dump({"name": "two", "topics": {"positive": "birds"}}))
     config = altered(finished, tmp_path, audit={"concepts": [str(one_class), str(misspelt)]})
-    told = sentence(sae("run", config, "--out", tmp_path / "run"), 2)
+    told = sentence(sae_here("run", config, "--out", tmp_path / "run"), 2)
     assert re.search(r"one_class\.yaml is not a usable concept: .*a concept needs both classes, and this one is", told)
     assert re.search(
         r"misspelt\.yaml is not a usable concept: unknown key 'topics'; the nearest valid .* 'topic'", told
@@ -113,25 +119,27 @@ def test_run_refuses_an_unusable_dictionary(finished: FinishedRun, tmp_path, dam
         dictionary = tmp_path / "nowhere"
     saes = {"main": {"d_sae": 96, "k": 8}}
     config = altered(finished, tmp_path, hooks=[hook], saes=saes, train=None, dictionary={"path": str(dictionary)})
-    told = sentence(sae("run", config, "--out", tmp_path / "run"), 2)
+    told = sentence(sae_here("run", config, "--out", tmp_path / "run"), 2)
     assert re.search(message, told), told
     assert not (tmp_path / "run").exists()
 
 
 def test_run_refuses_a_config_that_is_not_there(tmp_path):
-    told = sentence(sae("run", tmp_path / "none.yaml", "--out", tmp_path / "run"), 2)
+    told = sentence(sae_here("run", tmp_path / "none.yaml", "--out", tmp_path / "run"), 2)
     assert re.search(r"there is no config or run directory .*none\.yaml; shipped configs: .*quickstart", told)
 
 
 def test_run_refuses_a_folder_that_is_no_run_directory(tmp_path):
-    assert "is not a run directory: it has no config.yaml" in sentence(sae("run", tmp_path), 2)
+    assert "is not a run directory: it has no config.yaml" in sentence(sae_here("run", tmp_path), 2)
 
 
-# -- texts that turn out too small while they are packed -
+# -- texts that turn out too small while they are packed ---------------------------------------------------------------
 
 
 def test_collect_refuses_too_few_documents_and_leaves_no_store(finished: FinishedRun, tmp_path):
-    told = sentence(sae("run", finished.config, "--out", tmp_path / "run", "--set", "collect.n_tokens=1_000_000"), 2)
+    told = sentence(
+        sae_here("run", finished.config, "--out", tmp_path / "run", "--set", "collect.n_tokens=1_000_000"), 2
+    )
     assert re.search(r"holds [\d,]+ tokens, the config asks for 1,000,000: lower collect\.n_tokens", told)
     assert not (tmp_path / "run/activations").exists()
     assert stages(tmp_path / "run", "stage finished") == []
@@ -141,19 +149,19 @@ def test_audit_refuses_a_topic_with_too_few_documents_and_leaves_no_audit(finish
     run = finished.copy(tmp_path / "run", without=("audit",))
     concept = tmp_path / "few.yaml"
     concept.write_text(yaml.safe_dump({"name": "few", "topic": {"positive": "cats"}}))
-    told = sentence(sae("audit", run.out, "--set", f"audit.concepts=[{concept}]"), 2)
+    told = sentence(sae_here("audit", run.out, "--set", f"audit.concepts=[{concept}]"), 2)
     assert re.search(r"names topics that the documents do not have: cats\. They have: birds, chess, metals", told)
     assert not (run.out / "audit/few").exists()
 
 
-# -- one run directory, one config, one process -
+# -- one run directory, one config, one process ------------------------------------------------------------------------
 
 
 def test_run_refuses_a_shared_store_of_another_config_naming_the_keys(finished: FinishedRun, tmp_path):
     collect = yaml.safe_load(finished.config.read_text())["collect"] | {"store": str(finished.out / "activations")}
     config = altered(finished, tmp_path, collect=collect | {"context_length": 16}, seed=3)
     before = files(finished.out)
-    told = sentence(sae("run", config, "--out", tmp_path / "run"), 2)
+    told = sentence(sae_here("run", config, "--out", tmp_path / "run"), 2)
     assert "context_length" in told
     assert "seed" in told
     assert files(finished.out) == before
@@ -164,7 +172,7 @@ def test_run_refuses_a_run_directory_where_another_process_works(finished: Finis
     run = finished.copy(tmp_path / "run", without=("audit",))
     before = files(run.out)
     with filelock.FileLock(run.out / ".lock"):
-        told = sentence(sae("run", run.out), 1)
+        told = sentence(sae_here("run", run.out), 1)
     assert told == f"another process is working in {run.out}: wait for it, or choose another --out"
     assert files(run.out) == before
 
@@ -172,10 +180,10 @@ def test_run_refuses_a_run_directory_where_another_process_works(finished: Finis
 def test_run_refuses_a_damaged_run_config(finished: FinishedRun, tmp_path):
     run = finished.copy(tmp_path / "run", without=("audit",))
     (run.out / "config.yaml").write_text("name: tiny\nhooks: [")
-    assert re.search(r"config\.yaml is not valid YAML", sentence(sae("run", finished.config, "--out", run.out), 2))
+    assert re.search(r"config\.yaml is not valid YAML", sentence(sae_here("run", finished.config, "--out", run.out), 2))
 
 
-# -- damaged files -
+# -- damaged files -----------------------------------------------------------------------------------------------------
 
 
 def last_shard(out: Path) -> Path:
@@ -201,13 +209,13 @@ def test_evaluate_stops_at_a_damaged_shard_and_names_it(finished: FinishedRun, t
     shard = last_shard(run.out)
     damage(shard)
     before = (run.out / "metrics.json").read_bytes()
-    told = sentence(sae("evaluate", run.out), 1)
+    told = sentence(sae_here("evaluate", run.out), 1)
     assert str(shard) in told
     assert f"shard {shard.parts[-2]}" in told
     assert (run.out / "metrics.json").read_bytes() == before
     assert stages(run.out, "stage failed") == ["evaluate"]
     # What `sae verify` says of the store, as the message's reader would ask next.
-    verified = sae("verify", run.out / "activations")
+    verified = sae_here("verify", run.out / "activations")
     assert verified.returncode == 1
     assert shard.parts[-2] in verified.stdout
     assert len(verify(run.out / "activations")) >= 1
@@ -244,7 +252,7 @@ def test_evaluate_stops_at_a_damaged_dictionary_and_says_how_to_get_it_back(fini
     run = finished.copy(tmp_path / "run", without=("evaluate", "export"))
     trained = run.out / "checkpoints/main/dictionary"
     (trained / file).unlink()
-    told = sentence(sae("evaluate", run.out), 1)
+    told = sentence(sae_here("evaluate", run.out), 1)
     assert "run `sae train" in told
     assert "evaluate" not in stages(run.out, "stage finished")
 

@@ -253,7 +253,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config["text"] = [{"path": str(folder / "texts.txt")}]
     config["collect"] |= {"n_tokens": 6000, "prepend_bos": True, "n_workers": 2}
     config["saes"] = {"wide": {"architecture": "topk", "expansion_factor": 3, "k": 6}}
-    config["train"] |= {"n_tokens": 10_000}
+    config["train"] |= {"n_tokens": 10_000, "num_workers": 2}
     (folder / "other.yaml").write_text(yaml.safe_dump(config))
     return folder / "other.yaml"
 
