@@ -49,6 +49,8 @@ def told_plainly(command: Callable[..., None]) -> Callable[..., None]:
             command(*args, **kwargs)
         except PipelineError as error:
             _stop(str(error), error.exit_code)
+        except (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+            _stop(f"{error.filename}: {error.strerror}; check the path", 2)
         except KeyboardInterrupt:
             _stop("stopped; the same command continues from the last finished piece of work", 130)
         except Exception as error:
@@ -175,8 +177,17 @@ def info(
 
 @app.command()
 @told_plainly
-def verify(store: Annotated[Path, typer.Argument(help="An activation store.")], as_json: JsonOption = False) -> None:
-    """Re-read and re-hash a store; exit 1 and a list of what is bad."""
+def verify(
+    store: Annotated[Path, typer.Argument(help="An activation store, or a folder below latents/ of a run.")],
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Discard damaged shards, so that the next `sae collect` redoes them.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Re-read and re-hash a store; exit 1 and a list of what is bad, or is to be redone."""
+    if repair:
+        _repair(store, as_json)
+        return
     from pipelines.info import store_problems
 
     problems = store_problems(store)
@@ -186,7 +197,21 @@ def verify(store: Annotated[Path, typer.Argument(help="An activation store.")], 
         for problem in problems:
             print(f"{problem['file']}: {problem['detail']}")
         print(f"{store}: {len(problems)} problems" if problems else f"{store}: every file is as it was committed")
+        sealed = (store / "seal.json").exists()  # if not, an uncommitted shard is only missing
+        if any(problem["shard"] is not None and (sealed or problem["kind"] != "not committed") for problem in problems):
+            print(f"`sae verify {store} --repair` discards the damaged shards, so that they can be redone")
     if problems:
+        raise typer.Exit(1)
+
+
+def _repair(store: Path, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from pipelines.repair import repair_store
+
+    done = repair_store(store)
+    print(json.dumps(asdict(done), indent=2) if as_json else "\n".join(done.lines(store)))
+    if done.problems:
         raise typer.Exit(1)
 
 

@@ -64,7 +64,8 @@ class Harvester:
     def _lm(self) -> LanguageModel:
         lm = LanguageModel(self._resolved, self._config)
         if self._writer.spec.provenance["packing"]["isolate_documents"]:
-            lm.check_isolation(self._hooks[-1])
+            for hook in self._hooks:
+                lm.check_isolation(hook)
         return lm
 
     def harvest(self, shard: int) -> Receipt:
@@ -129,7 +130,9 @@ def prepare_store(config: RunConfig, run: RunDir, resolved: ResolvedModel, ui: R
     """
     path = store_path(config, run)
     widths = hook_widths(config, resolved)
-    packed = plan_tokens(config.text, config.collect, load_tokenizer(resolved), config.seed)
+    packed = plan_tokens(
+        config.text, config.collect, load_tokenizer(resolved, config.model.trust_remote_code), config.seed
+    )
     spec = StoreSpec(
         n_contexts=len(packed.tokens),
         context_length=config.collect.context_length,

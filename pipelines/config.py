@@ -16,12 +16,13 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipelines.errors import UsageError
+from pipelines.yamlfiles import load_yaml
 
 
 class Section(BaseModel):
     """Base of every section: frozen, and an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -199,7 +200,7 @@ class AuditConfig(Section):
     n_permutations: int = Field(1000, ge=100)
     """Shuffles of the labels behind the null."""
     alpha: float = Field(0.05, gt=0, lt=0.5)
-    """Family-wise error rate of the discovered and confirmed lists."""
+    """Family-wise error rate of confirming one concept's candidates; discovery takes the largest z, whatever its p."""
     max_candidates: int = Field(10, gt=0)
     """Latents that go on from discovery to confirmation."""
     max_tokens: int = Field(256, gt=0)
@@ -224,7 +225,7 @@ class RunConfig(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run; its directory is `runs/NAME` unless `--out` says otherwise."""
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     """Seed of everything random in the run."""
     model: ModelConfig
     text: tuple[TextSource, ...] = Field(min_length=1)
@@ -256,7 +257,14 @@ class RunConfig(Section):
             raise ValueError("give exactly one of `train:` and `dictionary:`")
         if self.dictionary is not None and len(self.saes) != 1:
             raise ValueError("a run that starts from a dictionary has exactly one entry under `saes:`")
-        if len(set(self.hooks)) != len(self.hooks):
+        if self.dictionary is not None and self.dictionary.revision is not None:
+            raise ValueError(
+                "dictionary.revision is for Hugging Face repositories, which cannot be loaded yet: drop it"
+            )
+        for hook in self.hooks:
+            if hook.partition(":")[2] not in ("", "input", "output"):
+                raise ValueError(f"the hook {hook!r} must end in `:output` (the default) or `:input`")
+        if len({hook.removesuffix(":output") for hook in self.hooks}) != len(self.hooks):
             raise ValueError(f"`hooks` lists a hook twice: {list(self.hooks)}")
         for name, sae in self.saes.items():
             if sae.hook is not None and sae.hook not in self.hooks:
@@ -278,7 +286,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     if not path.is_file():
         raise UsageError(f"config {path} does not exist: give a YAML file (see `sae init --help`) or a run directory")
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = load_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"config {path} is not valid YAML: {error}") from error
     if not isinstance(raw, dict):

@@ -93,3 +93,8 @@ def saelens_metadata(provenance: dict[str, Any]) -> dict[str, Any]:
         "dataset_path": ", ".join(text["origin"] for text in provenance["text"]),
         "prepend_bos": provenance["packing"]["prepend_bos"],
     }
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a dictionary's files are all there."""
+    return all((folder / name).exists() for name in ("dictionary.json", "cfg.json", "sae_weights.safetensors"))

@@ -43,6 +43,7 @@ def encode_texts(
     *,
     max_tokens: int,
     sink_norm: float | None,
+    prepend_bos: bool = False,
     bar: Bar | None = None,
     batch_tokens: int = 2048,
 ) -> Pooled:
@@ -50,8 +51,11 @@ def encode_texts(
 
     Args:
         sink_norm: tokens above this norm are sinks; None counts every token but the first.
+        prepend_bos: put the BOS token in front of every text, as the store did.
     """
-    encoded = [lm.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
+    # As in collection: special tokens are ours to place.
+    lead = [lm.tokenizer.bos_token_id] if prepend_bos else []
+    encoded = [lead + lm.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
     cut = sum(len(ids) > max_tokens for ids in encoded)
     encoded = [ids[:max_tokens] for ids in encoded]
     order = sorted(range(len(texts)), key=lambda i: len(encoded[i]))

@@ -16,6 +16,7 @@ from torch import Tensor
 from pipelines.collect import open_store
 from pipelines.config import EvaluateConfig, RunConfig
 from pipelines.dictionaries import load_trained
+from pipelines.errors import RunError
 from pipelines.models import LanguageModel, resolve_model
 from pipelines.progress import Bar, Reporter
 from pipelines.rundir import RunDir
@@ -38,7 +39,7 @@ def evaluate(config: RunConfig, run: RunDir, ui: Reporter) -> dict[str, dict[str
             multiple = config.sinks.multiple
             figures[name] = evaluate_reconstruction(
                 store, dictionary, sink_multiple=multiple, bar=bar
-            ) | evaluate_splice(lm, store, dictionary, config.evaluate, sink_multiple=multiple, bar=bar)
+            ) | evaluate_splice(lm, store, dictionary.to(lm.device), config.evaluate, sink_multiple=multiple, bar=bar)
         run.update_metrics(name, figures[name])
     return figures
 
@@ -166,16 +167,27 @@ def _log_probabilities(
 def _scores(sums: dict[str, _Sums], n_tokens: int) -> dict[str, Any]:
     figures: dict[str, Any] = {"n_ce_tokens": n_tokens}
     for suffix in ("", "_all"):
-        ce = {kind: sums[kind + suffix].ce / sums[kind + suffix].n for kind in ("clean", "splice", "zero")}
-        kl = {kind: sums[kind + suffix].kl / sums[kind + suffix].n for kind in ("splice", "zero")}
+        n = sums["clean" + suffix].n
+        if n == 0:
+            raise RunError(
+                "evaluate found no prediction to count: the held-out contexts hold only sinks or one-token documents; "
+                "raise evaluate.n_ce_tokens or collect longer documents"
+            )
+        ce = {kind: sums[kind + suffix].ce / n for kind in ("clean", "splice", "zero")}
+        kl = {kind: sums[kind + suffix].kl / n for kind in ("splice", "zero")}
         figures |= {
             f"ce_clean{suffix}": ce["clean"],
             f"ce_spliced{suffix}": ce["splice"],
             f"ce_zero{suffix}": ce["zero"],
-            f"ce_loss_score{suffix}": (ce["zero"] - ce["splice"]) / (ce["zero"] - ce["clean"]),
+            f"ce_loss_score{suffix}": recovered(ce["clean"], ce["splice"], ce["zero"]),
             f"kl_spliced{suffix}": kl["splice"],
             f"kl_zero{suffix}": kl["zero"],
-            f"kl_div_score{suffix}": 1 - kl["splice"] / kl["zero"],
-            f"n_predictions{suffix}": sums["clean" + suffix].n,
+            f"kl_div_score{suffix}": recovered(0.0, kl["splice"], kl["zero"]),
+            f"n_predictions{suffix}": n,
         }
     return figures
+
+
+def recovered(clean: float, spliced: float, zero: float) -> float | None:
+    """(zero - spliced) / (zero - clean); None where zero ablation does no harm, so that there is nothing to recover."""
+    return (zero - spliced) / (zero - clean) if zero > clean else None

@@ -23,36 +23,41 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def store_problems(path: Path) -> list[dict[str, Any]]:
-    """What is wrong with a store's files.
+    """What is wrong with the files of an activation or latent store.
 
     Raises:
         UsageError: there is no store.
     """
-    if not (path / "spec.json").exists():
-        raise UsageError(f"{path} is not an activation store: it has no spec.json")
+    require_store(path)
     from storage import verify
 
     return [asdict(problem) for problem in verify(path)]
 
 
-def _describe_store(path: Path) -> dict[str, Any]:
-    from storage import ActivationStore, ActivationWriter
+def require_store(path: Path) -> None:
+    """Raise UsageError unless the path looks like a store."""
+    if not (path / "spec.json").exists() and not (path / "meta.json").exists():
+        raise UsageError(f"{path} is not a store: it has neither spec.json (activations) nor meta.json (latents)")
 
-    missing = ActivationWriter.open(path).missing()
-    store = ActivationStore.open(path, tail=bool(missing) or not (path / "seal.json").exists())
-    spec = store.spec
+
+def _describe_store(path: Path) -> dict[str, Any]:
+    from storage import ActivationStore
+
+    sealed = (path / "seal.json").exists()
+    store = ActivationStore.open(path, tail=not sealed)
+    spec, missing = store.spec, store.missing()
     facts: dict[str, Any] = {
         "kind": "activation store",
         "fingerprint": spec.fingerprint,
         "tokens": spec.n_tokens,
         "contexts": f"{spec.n_contexts} of {spec.context_length} tokens, {spec.n_train_contexts} for training",
         "shards": f"{spec.n_shards - len(missing)} of {spec.n_shards}",
-        "sealed": (path / "seal.json").exists(),
+        "sealed": sealed,
         "provenance": spec.provenance,
     }
     for hook in spec.hooks:
         facts[hook.name] = f"d_in {hook.d_in}, {hook.dtype}"
-        if facts["sealed"]:
+        if sealed:
             facts[hook.name] += f", median norm {store.statistics(hook.name).median_norm:.4g}"
     return facts
 

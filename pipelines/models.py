@@ -102,7 +102,8 @@ def _hub_folder(config: ModelConfig) -> tuple[Path, str | None]:
         folder = snapshot_download(
             config.source,
             revision=config.revision,
-            allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"],
+            allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+            + (["*.py"] if config.trust_remote_code else []),
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -166,19 +167,34 @@ class _quiet_transformers:
             logging.enable_progress_bar()
 
 
-def load_tokenizer(resolved: ResolvedModel) -> Any:
-    """The model's fast tokenizer."""
+def load_tokenizer(resolved: ResolvedModel, trust_remote_code: bool = False) -> Any:
+    """The model's fast tokenizer.
+
+    Raises:
+        UsageError: its files cannot be read.
+    """
     from transformers import AutoTokenizer
 
     with _quiet_transformers():
-        return AutoTokenizer.from_pretrained(resolved.folder)
+        try:
+            return AutoTokenizer.from_pretrained(resolved.folder, trust_remote_code=trust_remote_code)
+        except Exception as error:
+            raise unusable(resolved, error) from error
 
 
 def pick_device(device: str) -> torch.device:
-    """`auto` is a GPU where there is one."""
+    """`auto` is a GPU where there is one.
+
+    Raises:
+        UsageError: no such device.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"model.device {device!r} cannot be used here ({reason}): use auto, cpu or cuda") from error
 
 
 def unusable(resolved: ResolvedModel, error: Exception) -> UsageError:
@@ -210,12 +226,13 @@ class LanguageModel:
                     dtype=getattr(torch, config.dtype),
                     attn_implementation="sdpa",
                     trust_remote_code=config.trust_remote_code,
+                    use_safetensors=True,
                 )
             except (ValueError, OSError) as error:
                 raise unusable(resolved, error) from error
         # transformers has no types here; what is used of it is the plain module and its Hugging Face methods.
         self.model: Any = model.to(self.device).eval().requires_grad_(False)
-        self.tokenizer = load_tokenizer(resolved)
+        self.tokenizer = load_tokenizer(resolved, config.trust_remote_code)
 
     @property
     def model_id(self) -> str:

@@ -176,8 +176,9 @@ def validate(run: Run, stages: list[str]) -> None:
         load_concepts(run.config)
     if "collect" in stages:
         from pipelines.collect import hook_widths
-        from pipelines.models import resolve_model
+        from pipelines.models import pick_device, resolve_model
 
+        pick_device(run.config.model.device)
         widths = hook_widths(run.config, resolve_model(run.config.model))
         for text in run.config.text:
             if text.path is not None:
@@ -226,7 +227,11 @@ def _results(run: Run, stage: str, figures: Any) -> list[Path]:
 
             return [store_path(run.config, run.dir) / "seal.json"]
         case "train":
-            return [run.dir.trained(name) / "dictionary.json" for name in names]
+            return [
+                run.dir.trained(name) / file
+                for name in names
+                for file in ("dictionary.json", "cfg.json", "sae_weights.safetensors")
+            ]
         case "evaluate":
             return [run.dir.metrics_path]
         case "label":

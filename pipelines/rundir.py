@@ -75,7 +75,7 @@ class RunDir:
         marker = self.path / ".stages" / f"{stage}.json"
         if not marker.exists():
             return None
-        record = json.loads(marker.read_text())
+        record = read_json(marker)
         return str(record["key"]) if all((self.path / result).exists() for result in record["results"]) else None
 
     def mark_finished(self, stage: str, key: str, seconds: float, results: Iterable[Path] = ()) -> None:
@@ -96,7 +96,7 @@ class RunDir:
 
     def metrics(self) -> dict[str, Any]:
         """Flat metrics recorded so far."""
-        return dict(json.loads(self.metrics_path.read_text())) if self.metrics_path.exists() else {}
+        return read_json(self.metrics_path) if self.metrics_path.exists() else {}
 
     def update_metrics(self, prefix: str, values: dict[str, Any]) -> None:
         """Set the metrics `prefix.name`; those of other stages stay, older ones under the same names are replaced."""
@@ -139,6 +139,21 @@ def now() -> str:
 def key_of(*parts: Any) -> str:
     """Digest of JSON-able inputs."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object that this module wrote.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunError(f"{path} is damaged ({error}): delete it and run the same command again") from error
+    if not isinstance(value, dict):
+        raise RunError(f"{path} is damaged (no JSON object): delete it and run the same command again")
+    return value
 
 
 def write_bytes(path: Path, data: bytes) -> None:

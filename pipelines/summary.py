@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -23,7 +24,11 @@ def summary(run: Run) -> dict[str, Any]:
             **{key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)},
         }
     audits = {}
+    concepts = [Path(concept).stem for concept in run.config.audit.concepts]
+    current = {concept if len(saes) == 1 else f"{sae}-{concept}" for concept in concepts for sae in saes}
     for path in sorted((run.dir.path / "audit").glob("*/audit.json")):
+        if path.parent.name not in current:
+            continue
         verdict = json.loads(path.read_text(encoding="utf-8"))["verdict"]
         audits[path.parent.name] = {
             **{key: verdict[key] for key in ("level", "latent", "auroc", "low", "high", "sentence")},
@@ -59,9 +64,9 @@ def print_summary(run: Run, console: Console) -> None:
             )
             table.add_row(
                 "loss recovered",
-                f"{m['ce_loss_score']:.3f}",
-                f"CE score, 1 is perfect; KL score {m['kl_div_score']:.3f}; all tokens spliced "
-                f"{m['ce_loss_score_all']:.3f}",
+                _score(m["ce_loss_score"]),
+                f"CE score, 1 is perfect; KL score {_score(m['kl_div_score'])}; all tokens spliced "
+                f"{_score(m['ce_loss_score_all'])}",
             )
             table.add_row(
                 "dead latents", f"{m['dead_share']:.1%}", f"of {m['n_latents']:,}, silent on the held-out tokens"
@@ -90,3 +95,8 @@ def print_summary(run: Run, console: Console) -> None:
     for audit in figures["audits"].values():
         console.print(f"  {audit['report']}", highlight=False)
     console.print(f"  {run.dir.metrics_path}", highlight=False)
+
+
+def _score(value: float | None) -> str:
+    """A score, or a dash where zero ablation did no harm."""
+    return "–" if value is None else f"{value:.3f}"

@@ -7,6 +7,7 @@ speed of a memory map.
     LatentWriter        sparse latent activations, shard by shard
     LatentStore         … read by block of latents
     verify              every problem of a store on disk
+    repair              discard damaged shards, so that they are written again
 
 `FORMAT.md` says what is on disk. This package knows bytes, not models: it imports neither `sae` nor `pipelines`.
 """
@@ -21,7 +22,7 @@ from storage.errors import (
     SpecMismatchError,
     StorageError,
 )
-from storage.integrity import Problem, verify
+from storage.integrity import Problem, Repair, repair, verify
 from storage.latents import LatentBlock, LatentStore, LatentWriter
 from storage.shuffle import ShuffledReader
 from storage.spec import HookSpec, StoreSpec, zarr_name
@@ -43,11 +44,13 @@ __all__ = [
     "NotFoundError",
     "Problem",
     "Receipt",
+    "Repair",
     "ShuffledReader",
     "SpecMismatchError",
     "Statistics",
     "StorageError",
     "StoreSpec",
+    "repair",
     "verify",
     "zarr_name",
 ]

@@ -77,6 +77,10 @@ class ActivationStore:
     def path(self) -> str:
         return self._backend.location()
 
+    def missing(self) -> list[int]:
+        """Shards that are not committed yet, ascending; looks at the directory and changes nothing."""
+        return self._log.missing()
+
     @cached_property
     def tokens(self) -> NDArray[np.int32]:
         """Token ids of all contexts, int32 [n_contexts, context_length]; read whole on first use."""

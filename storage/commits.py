@@ -191,7 +191,10 @@ class CommitLog:
         """Installs commits that are not installed yet; removes what other attempts at those shards left behind."""
         for name in self.backend.list(STAGING):
             shard = name.partition("-")[0]
-            commit = self.read(int(shard)) if shard.isdigit() else None
+            try:
+                commit = self.read(int(shard)) if shard.isdigit() else None
+            except StorageError:  # a damaged commit is for `verify` to report, not a reason to open nothing
+                continue
             if commit is None:
                 continue  # an attempt that may still be under way
             if commit.attempt == name:
@@ -199,16 +202,28 @@ class CommitLog:
             else:
                 self.backend.remove(f"{STAGING}/{name}")
 
-    def discard(self, shard: int) -> None:
-        """Takes a shard back so that it can be written again. The store is unsealed first; no reader may be at work."""
+    def unseal(self) -> None:
+        """Makes the store unfinished, durably; `seal` finishes it again."""
         self.backend.remove(SEAL)
-        commit = self.read(shard)
-        if commit is not None:
-            for file in commit.files:
-                self.backend.remove(file.key)
-            self.backend.remove(f"{STAGING}/{commit.attempt}")
-            self.backend.remove(commit_key(shard))
-            self.backend.sync(COMMITS)
+        self.backend.sync("")
+
+    def discard(self, shard: int, keys: Iterable[str]) -> None:
+        """Takes a shard back so that it can be written again; no reader or writer may be at work.
+
+        The store is unsealed first and the commit goes last: killed in between, the store is unfinished and the shard
+        still known as damaged. The commit is not read, for it may be what is damaged.
+
+        Args:
+            keys: the shard's files.
+        """
+        self.unseal()
+        for key in keys:
+            self.backend.remove(key)
+        for name in self.backend.list(STAGING):
+            if name.startswith(f"{shard:06d}-"):
+                self.backend.remove(f"{STAGING}/{name}")
+        self.backend.remove(commit_key(shard))
+        self.backend.sync(COMMITS)
 
     def seal(self, payload: Mapping[str, Any]) -> None:
         """Declares the store complete. Sealing a sealed store changes nothing.
@@ -282,13 +297,14 @@ class CommitLog:
             return
         found = "it is missing" if size is None else f"it has {size:,}"
         raise CorruptionError(
-            f"{self.backend.location(key)} (shard {shard}) must have {n_bytes:,} bytes, but {found}. {advice(shard)}"
+            f"{self.backend.location(key)} (shard {shard}) must have {n_bytes:,} bytes, but {found}. "
+            f"{advice(self.backend.location())}"
         )
 
 
-def advice(shard: int) -> str:
-    """What to do about a damaged shard."""
+def advice(store: str) -> str:
+    """What to do about a damaged shard of the store there."""
     return (
-        f"Restore the file from a copy, or call discard({shard}) on the store's writer "
-        f"and run the stage that writes it again."
+        f"Restore the file from a copy, or run `sae verify {store} --repair`, which discards what is damaged, and then "
+        "the stage that writes the store: it writes only that again."
     )

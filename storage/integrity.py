@@ -1,4 +1,5 @@
-"""`verify`: reads a store from end to end and lists everything that is wrong with it."""
+"""`verify`: reads a store from end to end and lists everything that is wrong with it. `repair` discards the damaged
+shards, so that the stage that writes the store writes those again."""
 
 from __future__ import annotations
 
@@ -10,10 +11,10 @@ from typing import Literal
 from storage.backends import Backend, LocalBackend
 from storage.commits import CommitLog
 from storage.errors import IncompleteError, NotFoundError, StorageError
-from storage.latents import META, latent_commit_log, read_meta
-from storage.layout import SPEC, TABLES, activations_array, metadata_files, norms_array
+from storage.latents import META, LatentWriter, latent_commit_log, read_meta
+from storage.layout import SEAL, SPEC, TABLES, activations_array, metadata_files, norms_array
 from storage.spec import canonical_json
-from storage.writer import Path, read_spec, read_tables
+from storage.writer import ActivationWriter, Path, read_spec, read_tables
 
 Kind = Literal[
     "missing file", "wrong size", "wrong digest", "wrong metadata", "not committed", "not sealed", "unreadable"
@@ -32,6 +33,18 @@ class Problem:
     detail: str
 
 
+@dataclass(frozen=True)
+class Repair:
+    """What `repair` found and did."""
+
+    problems: list[Problem]
+    """As `verify` found them before anything was discarded; empty if the store is sound and sealed."""
+    discarded: list[int]
+    """Shards that were taken back, to be written again."""
+    irreparable: list[Problem]
+    """Those that belong to no shard: what a store has from the start is written once, when it is created."""
+
+
 def verify(path: Path, fast: bool = False, *, backend: Backend | None = None) -> list[Problem]:
     """Every problem of an activation or latent store; an empty list means that each byte is as it was committed.
 
@@ -40,20 +53,23 @@ def verify(path: Path, fast: bool = False, *, backend: Backend | None = None) ->
     Raises: NotFoundError if there is no store at all.
     """
     backend = backend or LocalBackend(path)
-    if backend.size(META) is not None and backend.size(SPEC) is None:
+    if _is_latent(backend):
         try:
             return list(_check_commits(backend, latent_commit_log(backend, read_meta(backend)), fast))
         except StorageError as error:
             return [Problem(META, None, "unreadable", str(error))]
     try:
         spec = read_spec(backend)
-        tables = read_tables(backend, spec)
     except NotFoundError:
-        if backend.size(SPEC) is None:
-            raise
-        return [Problem(TABLES, None, "missing file", "the digests of tables and metadata are gone")]
+        raise
     except StorageError as error:
         return [Problem(SPEC, None, "unreadable", str(error))]
+    try:
+        tables = read_tables(backend, spec)
+    except NotFoundError:
+        return [Problem(TABLES, None, "missing file", "the digests of tables and metadata are gone")]
+    except StorageError as error:
+        return [Problem(TABLES, None, "unreadable", str(error))]
     problems = []
     if backend.read(SPEC) != canonical_json(spec.to_json()):
         problems.append(Problem(SPEC, None, "wrong metadata", "the file is not in canonical form: it was edited"))
@@ -71,6 +87,39 @@ def verify(path: Path, fast: bool = False, *, backend: Backend | None = None) ->
                     key = array.file_key(shard)
                     problems.append(Problem(key, shard, "not committed", "a file stands here without a commit"))
     return problems
+
+
+def repair(path: Path, *, backend: Backend | None = None) -> Repair:
+    """Discards every damaged shard, and with it the seal. Killed anywhere it can be repeated.
+
+    If something irreparable is found, nothing is discarded: the shards could not be written again.
+    No reader or writer may be at work.
+
+    Raises: NotFoundError if there is no store at all.
+    """
+    backend = backend or LocalBackend(path)
+    try:
+        writer: ActivationWriter | LatentWriter
+        # Opening installs what is committed but not installed, which `verify` would take for missing.
+        writer = (LatentWriter if _is_latent(backend) else ActivationWriter).open(path, backend=backend)
+    except StorageError:
+        problems = verify(path, backend=backend)
+        return Repair(problems, [], problems)
+    problems = verify(path, backend=backend)
+    irreparable = [problem for problem in problems if problem.shard is None and problem.file != SEAL]
+    if irreparable:
+        return Repair(problems, [], irreparable)
+    sealed = backend.size(SEAL) is not None  # if not, a shard without a commit is missing, not damaged
+    damaged = {p.shard for p in problems if p.shard is not None and (sealed or p.kind != "not committed")}
+    if any(problem.file == SEAL and problem.kind == "unreadable" for problem in problems):
+        writer.unseal()
+    for shard in sorted(damaged):
+        writer.discard(shard)
+    return Repair(problems, sorted(damaged), [])
+
+
+def _is_latent(backend: Backend) -> bool:
+    return backend.size(META) is not None and backend.size(SPEC) is None
 
 
 def _check_commits(backend: Backend, log: CommitLog, fast: bool) -> Iterator[Problem]:

@@ -143,12 +143,18 @@ class LatentWriter:
             stop = max(stop, commit.payload["stop_row"])
         self._log.seal({"n_entries": sum(commit.payload["n_entries"] for commit in commits)})
 
+    def unseal(self) -> None:
+        """Withdraws the seal; `seal` sets it again."""
+        self._log.unseal()
+
     def discard(self, shard: int) -> None:
         """Takes back a damaged shard so that `missing` lists it again, and unseals the store.
 
         No reader or other writer may be at work.
         """
-        self._log.discard(shard)
+        if not 0 <= shard < self.meta["n_shards"]:
+            raise ValueError(f"A shard number must lie in [0, {self.meta['n_shards']}), got {shard}.")
+        self._log.discard(shard, [_piece_key(shard, name) for name in PIECE_DTYPES])
 
     def _compressed(
         self, shard: int, row: NDArray[Any], latent: NDArray[Any], value: NDArray[Any]
@@ -263,17 +269,16 @@ class LatentStore:
         key = _piece_key(commit.shard, name)
         record = next(file for file in commit.files if file.key == key)
         where = f"{self._backend.location(key)} (shard {commit.shard})"
+        repair = advice(self._backend.location())
         try:
             data = self._backend.map(key)
         except NotFoundError as error:
-            raise CorruptionError(f"{where} must exist, but it is missing. {advice(commit.shard)}") from error
+            raise CorruptionError(f"{where} must exist, but it is missing. {repair}") from error
         if data.size != record.n_bytes:
-            raise CorruptionError(
-                f"{where} must have {record.n_bytes:,} bytes, but it has {data.size:,}. {advice(commit.shard)}"
-            )
+            raise CorruptionError(f"{where} must have {record.n_bytes:,} bytes, but it has {data.size:,}. {repair}")
         if self._verify and key not in self._verified:
             if hashlib.sha256(data.data).hexdigest() != record.sha256:
-                raise CorruptionError(f"{where} must match its SHA-256, but it does not. {advice(commit.shard)}")
+                raise CorruptionError(f"{where} must match its SHA-256, but it does not. {repair}")
             self._verified.add(key)
         dtype = PIECE_DTYPES[name]
         n = self.d_sae + 1 if name == "indptr" else commit.payload["n_entries"]

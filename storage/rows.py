@@ -107,4 +107,4 @@ class RowReader:
             return CorruptionError(
                 f"{where} (file {file}): {fact}. Restore the file from a copy, or make the store anew."
             )
-        return CorruptionError(f"{where} (shard {file}): {fact}. {advice(file)}")
+        return CorruptionError(f"{where} (shard {file}): {fact}. {advice(self._backend.location())}")

@@ -162,13 +162,18 @@ class ActivationWriter:
         self._log.require_complete()
         self._log.seal({"statistics": merged_statistics(self._log, self.spec)})
 
+    def unseal(self) -> None:
+        """Withdraws the seal; `seal` sets it again."""
+        self._log.unseal()
+
     def discard(self, shard: int) -> None:
         """Takes back a damaged shard so that `missing` lists it again, and unseals the store.
 
         No reader or other writer may be at work.
         """
         self.spec.shard_range(shard)
-        self._log.discard(shard)
+        arrays = [make(self.spec, hook) for hook in self.spec.hooks for make in (activations_array, norms_array)]
+        self._log.discard(shard, [array.file_key(shard) for array in arrays])
 
     def _stage_hook(self, attempt: Attempt, shard: int, hook: HookSpec, rows: NDArray[Any]) -> Statistics:
         array, norms_layout = activations_array(self.spec, hook), norms_array(self.spec, hook)

@@ -28,6 +28,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from pipelines.errors import UsageError
+from pipelines.yamlfiles import load_yaml
 
 MIN_GROUPS = 30
 """Independent texts that each class needs: with 15 per half, 80 % power starts near an AUROC of 0.93."""
@@ -125,7 +126,7 @@ def load_concept(path: str | Path) -> Concept:
     """
     path = Path(path)
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = load_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         near = ", ".join(sorted(p.name for p in path.parent.glob("*.yaml"))) or "none"
         raise ConceptError(f"a concept file must exist; {path} does not. Concept files beside it: {near}.") from None

@@ -30,10 +30,10 @@ def figures(result: AuditResult) -> dict[str, dict[str, Any]]:
 
 
 def best_candidate(result: AuditResult) -> Candidate | None:
-    """The verdict's latent, or the first candidate if nothing was confirmed."""
+    """The verdict's latent, or the candidate with the largest z on the discover half if nothing was confirmed."""
     if result.verdict.latent is not None:
         return next(c for c in result.candidates if c.latent == result.verdict.latent)
-    return max(result.candidates, key=lambda c: c.auroc, default=None)
+    return max(result.candidates, key=lambda c: c.discover_z, default=None)
 
 
 def short(text: str | None, limit: int = 48) -> str:

@@ -40,11 +40,12 @@ class Verdict(_Record):
     """Words alone separate the confirm texts as well as the model's activations do."""
     sentence: str
     latent: int | None
+    """Of the candidates on the highest rung, the one with the largest z on the discover half; its figures follow."""
     auroc: float | None
     low: float | None
     high: float | None
     minimum_detectable_auroc: float
-    """AUROC that this design finds with 80 % probability."""
+    """True AUROC that a design of this size confirms about 80 times of 100; a guide that ignores ties."""
 
 
 class Discover(_Record):
@@ -83,6 +84,8 @@ class Candidate(_Record):
     auroc: float
     low: float
     high: float
+    low_familywise: float
+    """Lower bound that holds for all candidates at once: one-sided, at alpha / number of candidates (Bonferroni)."""
     hard_negative_auroc: float | None
     p: float
     p_holm: float

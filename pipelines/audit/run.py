@@ -148,6 +148,7 @@ class _Auditor:
                 self._dictionary,
                 [example.text for example in examples],
                 max_tokens=self._config.audit.max_tokens,
+                prepend_bos=self._config.collect.prepend_bos,
                 sink_norm=self._config.sinks.multiple
                 * self._store.statistics(self._dictionary.required_hook_name).median_norm,
             )

@@ -68,7 +68,7 @@ class AuditSettings:
     alpha: float = 0.05
     """Family-wise error over the candidates of one concept, and false-discovery rate of the search."""
     detects_above: float = 0.7
-    """A latent detects the concept if the lower end of its 95 % interval exceeds this AUROC."""
+    """A latent detects the concept only if its lower bound exceeds this AUROC, at `alpha` over all candidates."""
 
     def __post_init__(self) -> None:
         """Refuse values that make no test."""
@@ -253,6 +253,8 @@ def _confirm(
     q = dict(zip(tested.tolist(), benjamini_hochberg(found.p_pooled[tested]), strict=True))
     held_out = scores[np.ix_(c, chosen)]
     interval = auroc_interval(held_out, positive[c], groups[c])
+    # One-sided at alpha / m for each of m candidates: all m bounds lie below their true AUROCs with 1 - alpha or more.
+    together = auroc_interval(held_out, positive[c], groups[c], level=1 - 2 * settings.alpha / chosen.size)
     p = permutation_p(
         held_out, positive[c], groups[c], n_permutations=settings.n_confirm_permutations, seed=settings.seed + 3
     )
@@ -277,6 +279,7 @@ def _confirm(
                 auroc=_round(interval.auroc[k]),
                 low=_round(interval.low[k]),
                 high=_round(interval.high[k]),
+                low_familywise=_round(together.low[k]),
                 hard_negative_auroc=None if hard_area is None else _round(hard_area[k]),
                 p=_round(p[k]),
                 p_holm=_round(adjusted[k]),

@@ -4,8 +4,12 @@ The ladder, lowest first; part of a verdict only if everything below it holds as
 
     not_confirmed   no evidence on the confirm half
     associated      Holm-adjusted permutation p on the confirm half at or below alpha
-    detects         the interval's lower end is above `detects_above`, the AUROC above what the same search reaches on
-                    shuffled labels, and words alone do not explain it
+    detects         the lower bound that holds for all candidates at once (`Candidate.low_familywise`) is above
+                    `detects_above`, the AUROC above what the same search reaches on shuffled labels, and words alone
+                    do not explain it
+
+Both rungs are controlled over the candidates of one concept: the chance that any of them wrongly reaches one is at most
+about alpha (Holm for the first, Bonferroni for the second).
 """
 
 from collections.abc import Sequence
@@ -20,8 +24,18 @@ def claim_of(candidate: Candidate, *, null_upper: float, confounded: bool, alpha
     """The highest rung that a candidate reaches."""
     if candidate.p_holm > alpha:
         return "not_confirmed"
-    strong = candidate.low > detects_above and candidate.auroc > null_upper
+    strong = candidate.low_familywise > detects_above and candidate.auroc > null_upper
     return "detects" if strong and not confounded else "associated"
+
+
+def headline(candidates: Sequence[Candidate]) -> Candidate | None:
+    """The latent that the verdict names: of those on the highest rung, the one with the largest z on the discover half.
+
+    Never the one with the largest confirm AUROC: the maximum of several estimates overstates the truth.
+    """
+    reached = max((RANK[c.claim] for c in candidates), default=0)
+    top = [c for c in candidates if RANK[c.claim] == reached]
+    return max(top, key=lambda c: c.discover_z) if reached else None
 
 
 def words_explain(
@@ -39,24 +53,26 @@ def words_explain(
 
 
 def verdict_on(concept: Concept, candidates: Sequence[Candidate], *, confounded: bool, smallest: float) -> Verdict:
-    """The answer for one concept: its best latent, or the effect that would have been seen."""
+    """The answer for one concept: the latent that `headline` names, or the effect that would have been seen."""
     about = concept.display.lower() if concept.topic is None else concept.display
-    best = max(candidates, key=lambda c: (RANK[c.claim], c.auroc), default=None)
+    best = headline(candidates)
     level: Level = "nothing_found"
-    if best is None or best.claim == "not_confirmed":
-        best = None
+    if best is None:
         sentence = (
-            f"No latent was confirmed to respond to text about {about}. A latent with a true AUROC of {smallest:.2f} "
-            "or more would have been found with a probability of about 80 %."
+            f"No latent was confirmed to respond to text about {about}. Ignoring ties, a design of this size finds a "
+            f"latent with a true AUROC of about {smallest:.2f} about 80 times of 100."
         )
     elif best.claim == "detects":
         level = "detects"
-        sentence = f"Latent {best.latent} detects text about {about}, on texts that had no part in choosing it."
+        sentence = (
+            f"Latent {best.latent} detects text about {about}, on texts that had no part in choosing it: "
+            f"AUROC {_figure(best)}."
+        )
     else:
         level = "associated"
         sentence = (
-            f"Latent {best.latent} is associated with text about {about}, on texts that had no part in choosing it; "
-            "that it detects such text is not shown."
+            f"Latent {best.latent} is associated with text about {about}, on texts that had no part in choosing it: "
+            f"AUROC {_figure(best)}; that it detects such text is not shown."
         )
         if confounded:
             sentence += " Words alone separate these texts as well as the model does, so no stronger claim is possible."
@@ -95,16 +111,16 @@ def limits_of(
             "judged."
         )
     dense = [b for b in baselines if b.name.startswith("dense")]
-    confirmed = [c for c in candidates if c.claim != "not_confirmed"]
-    if dense and confirmed:
-        probe, best = max(dense, key=lambda b: b.auroc), max(confirmed, key=lambda c: (RANK[c.claim], c.auroc))
+    best = headline(candidates)
+    if dense and best:
+        probe = max(dense, key=lambda b: b.auroc)
         if probe.auroc > best.auroc:
             out.append(
-                f"The best confirmed latent is {probe.auroc - best.auroc:.2f} AUROC behind a dense probe of the same "
+                f"Latent {best.latent} is {probe.auroc - best.auroc:.2f} AUROC behind a dense probe of the same "
                 f"activations ({best.auroc:.2f} against {probe.auroc:.2f}): as a detector, the probe is the better "
                 "choice."
             )
-    if not confirmed:
+    if best is None:
         out += [
             f"The model does carry the distinction: a dense probe of the same activations reaches {probe.auroc:.2f} "
             f"({probe.low:.2f} to {probe.high:.2f}). That no single latent was confirmed is a finding about this "
@@ -112,6 +128,11 @@ def limits_of(
             for probe in sorted(dense, key=lambda b: -b.auroc)[:1]
             if probe.low > 0.5
         ]
+    else:
+        out.append(
+            "The latent named is the confirmed one that stood out most on the discover half. That it passed was "
+            "decided on the confirm texts, so an AUROC close to the bar leans upward."
+        )
     if unseen:
         out.append(
             f"{unseen:.0%} of the held-out positives are seen by none of the confirmed latents at their frozen "
@@ -122,8 +143,8 @@ def limits_of(
         "switched off: association, not cause.",
         "Only this kind of text was tested: another register, another language or a longer context may behave "
         "differently.",
-        "Error is controlled within this concept. Of twenty audited concepts that no latent carries, about one would "
-        "still yield a false confirmation.",
+        "Error is controlled within this concept, over its candidates, for 'associated' as for 'detects'. Of "
+        "twenty audited concepts that no latent carries, about one would still yield a false confirmation.",
         "A text counts with a latent's largest activation over its tokens, and only latents that fire more on "
         "positives are tested.",
     ]
@@ -136,3 +157,8 @@ def limits_of(
             "on both halves and flatter every figure."
         )
     return out
+
+
+def _figure(candidate: Candidate) -> str:
+    """AUROC with its 95 % interval: '0.91 (0.75–0.97)'."""
+    return f"{candidate.auroc:.2f} ({candidate.low:.2f}–{candidate.high:.2f})"

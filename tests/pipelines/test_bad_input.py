@@ -234,14 +234,15 @@ def test_train_stops_at_a_damaged_shard_and_names_it(finished: FinishedRun, tmp_
     assert stages(run.out, "stage failed") == ["train"]
 
 
-def test_damaged_store_is_filled_again_once_its_shard_is_discarded(finished: FinishedRun, tmp_path):
-    from storage import ActivationWriter
-
+@pytest.mark.slow
+def test_damaged_store_is_filled_again_once_it_is_repaired(finished: FinishedRun, tmp_path):
     run = finished.copy(tmp_path / "run")
     shard = last_shard(run.out)
     whole = shard.read_bytes()
     flip_a_bit(shard)
-    ActivationWriter.open(run.out / "activations").discard(int(shard.parts[-2]))
+    told = sae_here("verify", run.out / "activations", "--repair")
+    assert told.returncode == 1
+    assert f"discarded shards {shard.parts[-2]}; run `sae collect {run.out}`" in told.stdout
     must(sae("run", run.out))
     assert stages(run.out, "stage finished") == ["collect"]
     assert shard.read_bytes() == whole

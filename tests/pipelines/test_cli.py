@@ -222,6 +222,22 @@ def test_info_of_an_unfinished_store(collected, tmp_path):
     assert told["shards"].split(" of ")[0] == str(int(told["shards"].split(" of ")[1]) - 1)
 
 
+def test_info_of_a_store_changes_nothing(collected, tmp_path):
+    """What a killed worker left staged is for the next writer to install or remove."""
+    store = Path(shutil.copytree(collected.dir.store_path, tmp_path / "store"))
+    (store / "seal.json").unlink()
+    commit = json.loads((store / "commits/000001.json").read_text())
+    staged = store / "staging" / commit["attempt"]
+    staged.mkdir()
+    for file in commit["files"]:
+        (store / file["key"]).rename(staged / file["staged"])
+    (store / "staging/000001-of-a-loser").mkdir()
+    (store / "staging/000001-of-a-loser/000").touch()
+    before = {path: path.stat().st_mtime_ns for path in store.rglob("*")}
+    facts(store)
+    assert {path: path.stat().st_mtime_ns for path in store.rglob("*")} == before
+
+
 def test_info_of_a_dictionary(run):
     told = facts(run.dir.trained("main"))
     assert (told["kind"], told["architecture"], told["hook_name"]) == ("dictionary", "batchtopk", "model.layers.1")
@@ -270,7 +286,9 @@ def test_verify_names_the_file_with_a_flipped_byte(collected, tmp_path):
 
 
 def test_verify_of_no_store_is_bad_usage(tmp_path):
-    assert "is not an activation store: it has no spec.json" in one_sentence(sae("verify", tmp_path), 2)
+    for arguments in ([], ["--repair"]):
+        message = one_sentence(sae("verify", tmp_path, *arguments), 2)
+        assert "is not a store: it has neither spec.json (activations) nor meta.json (latents)" in message
 
 
 # -- init --------------------------------------------------------------------------------------------------------------

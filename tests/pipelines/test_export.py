@@ -82,7 +82,7 @@ def test_card_has_the_figures_the_origin_and_code_that_loads(complete, tiny_text
     assert "# tiny / main" in card
     assert f"A batchtopk sparse autoencoder on `model.layers.1` of `{tiny_model}`." in card
     assert f"| FVU | {metrics['main.fvu']:.4g} |" in card
-    assert f"| CE loss score | {metrics['main.ce_loss_score']:.4g} |" in card
+    assert f"| KL score | {metrics['main.kl_div_score']:.4g} |" in card
     assert f"silent on the {metrics['main.n_heldout_tokens']:,} held-out tokens" in card
     assert "| Labelled | 0.25 |" in card
     assert f"- `{tiny_texts}`" in card

@@ -180,7 +180,7 @@ def test_damaged_piece_is_named(path: Path, damage: str, message: str, name: str
     file.unlink()
     if damage != "unlink":
         file.write_bytes(data[:-1] + (bytes([data[-1] ^ 1]) if damage == "flip" else b""))
-    with pytest.raises(CorruptionError, match=rf"{name}.npy \(shard 1\).*{message}.*discard\(1\)"):
+    with pytest.raises(CorruptionError, match=rf"{name}.npy \(shard 1\).*{message}.*sae verify .* --repair"):
         LatentStore.open(path).block(0, D_SAE)
     assert [problem.file for problem in verify(path)] == [f"pieces/000001/{name}.npy"]
     writer = LatentWriter.open(path)

@@ -60,7 +60,11 @@ def test_a_planted_latent_is_detected_and_nothing_else(tmp_path):
     assert result.verdict.level == "detects"
     assert result.verdict.latent == 42
     assert result.verdict.low > 0.7
-    assert result.verdict.sentence.startswith("Latent 42 detects text about demo")
+    v = result.verdict
+    assert v.sentence == (
+        "Latent 42 detects text about demo, on texts that had no part in choosing it: "
+        f"AUROC {v.auroc:.2f} ({v.low:.2f}–{v.high:.2f})."
+    )
     assert [c.latent for c in result.candidates if c.claim != "not_confirmed"] == [42]
     best = next(c for c in result.candidates if c.latent == 42)
     assert best.label == "' plant'"
@@ -73,7 +77,10 @@ def test_nothing_planted_gives_nothing_found_with_the_effect_that_would_have_bee
     result = run(tmp_path, noise())
     assert result.verdict.level == "nothing_found"
     assert result.verdict.latent is None
-    assert "would have been found" in result.verdict.sentence
+    assert result.verdict.sentence.endswith(
+        "Ignoring ties, a design of this size finds a latent with a true AUROC of about "
+        f"{result.verdict.minimum_detectable_auroc:.2f} about 80 times of 100."
+    )
     assert any("The model does carry the distinction" in limit for limit in result.limits)
     without = run(tmp_path, noise(), dense=dense_activations(0.0))
     assert not any("The model does carry" in limit for limit in without.limits)
