@@ -21,7 +21,7 @@ def blocks(language: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def workplace(tiny_model: Path, tiny_texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(tiny_model: Path, tiny_texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a finished run at runs/quickstart, as `make demo` leaves one, on the tiny model."""
     folder = tmp_path_factory.mktemp("readme")
     config = folder / "config.yaml"
@@ -43,13 +43,13 @@ def sae(cwd: Path, *arguments: str) -> str:
     return result.stdout
 
 
-def test_python_blocks_run(workplace: Path) -> None:
+def test_python_blocks_run(finished: Path) -> None:
     code = blocks("python")
     assert code
     for block in code:
         result = subprocess.run(
             [sys.executable, "-c", block],
-            cwd=workplace,
+            cwd=finished,
             env=os.environ | {"PYTHONPATH": str(ROOT)},
             capture_output=True,
             text=True,
@@ -59,7 +59,7 @@ def test_python_blocks_run(workplace: Path) -> None:
         assert result.stdout.strip()
 
 
-def test_commands_exist_and_init_writes_a_config_that_loads(workplace: Path) -> None:
+def test_commands_exist_and_init_writes_a_config_that_loads(finished: Path) -> None:
     from pipelines.config import load_config
 
     lines = [line.partition("#")[0].strip() for block in blocks("bash") for line in block.splitlines()]
@@ -68,10 +68,10 @@ def test_commands_exist_and_init_writes_a_config_that_loads(workplace: Path) -> 
     assert targets == ["demo", "test"]
     assert all(re.search(rf"^{target}:", makefile, flags=re.MULTILINE) for target in targets)
     (init,) = [shlex.split(line)[1:] for line in lines if line.startswith("sae init")]
-    sae(workplace, *init)
+    sae(finished, *init)
     (run,) = [shlex.split(line)[1:] for line in lines if line.startswith("sae run")]
     overrides = [run[i + 1] for i, word in enumerate(run) if word == "--set"]
-    config = load_config(workplace / run[1], overrides)
+    config = load_config(finished / run[1], overrides)
     assert config.collect.n_tokens == 1_000_000
     assert config.hooks == ("model.layers.8",)
 

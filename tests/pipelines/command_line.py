@@ -1,5 +1,6 @@
 """Runs the real `sae` command in processes of its own, and reads what its runs leave behind."""
 
+import contextlib
 import json
 import os
 import re
@@ -11,10 +12,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import pyarrow.parquet as pq
+
+Victims = Literal["driver", "group", "machine"]
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, str(ROOT / "sae_pipelines_entry.py")]
@@ -174,17 +177,23 @@ class Driver:
                 continue
         return found
 
-    def kill(self, *, group: bool) -> list[psutil.Process]:
-        """SIGKILL the driver, or its whole process group, and see its workers go.
+    def kill(self, whom: Victims) -> list[psutil.Process]:
+        """SIGKILL, and see the workers go, which takes them some seconds when they are not killed themselves.
+
+        Args:
+            whom: the driver alone, its process group (a closed terminal), or every process (a lost machine).
 
         Returns: the two idle agents of Ray, which try for a minute to tell the dead session of its death.
         """
         agents = self.descendants("ray::DashboardAgent") + self.descendants("ray::RuntimeEnvAgent")
         others = [process for process in self.descendants() if process not in agents]
-        if group:
+        if whom == "group":
             os.killpg(self.process.pid, signal.SIGKILL)
         else:
             self.process.kill()
+        for process in [*others, *agents] if whom == "machine" else ():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         self.process.wait()
         assert not psutil.wait_procs(others, timeout=20)[1]
         return agents
