@@ -59,7 +59,6 @@ def two_workers(finished: FinishedRun, tmp_path_factory: pytest.TempPathFactory)
     return run
 
 
-@pytest.mark.slow
 def test_two_workers_train_close_to_what_one_trains(two_workers: FinishedRun, finished: FinishedRun):
     ours, theirs = steps(two_workers.out), steps(finished.out)
     assert [step["n_tokens"] for step in ours] == [step["n_tokens"] for step in theirs]
@@ -69,7 +68,6 @@ def test_two_workers_train_close_to_what_one_trains(two_workers: FinishedRun, fi
     assert ours[-1]["l0"] == theirs[-1]["l0"] == 8
 
 
-@pytest.mark.slow
 def test_two_workers_train_as_good_a_dictionary_as_one(two_workers: FinishedRun, finished: FinishedRun):
     store = open_store(load_config(finished.config), RunDir(finished.out))
     with SilentReporter().stage("evaluate", total=1, unit="tokens") as bar:
