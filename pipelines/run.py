@@ -143,9 +143,10 @@ def execute(run: Run, ui: Reporter, stages: tuple[str, ...] = STAGES) -> bool:
     validate(run, todo)
     with run.dir.lock():
         save_config(run)
-        for folder in (run.dir.path, run.dir.path / "dictionaries", run.dir.path / "labels"):
-            if folder.exists():
-                sweep_partials(folder)
+        # Not the stores: those have a protocol of their own.
+        below = (".stages", "dictionaries", "labels", "labels/*", "audit/*", "checkpoints/*")
+        for folder in (run.dir.path, *(folder for pattern in below for folder in run.dir.path.glob(pattern))):
+            sweep_partials(folder)
         from pipelines.cluster.local import ray_scope
 
         for group in _by_engine(todo):

@@ -209,7 +209,7 @@ def replacing_directory(path: Path) -> Iterator[Path]:
 
 
 def sweep_partials(path: Path) -> None:
-    """Remove what killed writers left in a directory (`.NAME.*.partial`, `.NAME.*.old`)."""
-    for pattern in (".*.partial", ".*.old"):
+    """Remove what killed writers left in a directory: `.NAME.*.partial`, `.NAME.*.old`, `.NAME.*.tmp`."""
+    for pattern in (".*.partial", ".*.old", ".*.tmp"):
         for leftover in path.glob(pattern):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)

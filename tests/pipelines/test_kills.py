@@ -139,7 +139,7 @@ def test_run_killed_after_training_finds_what_an_undisturbed_run_finds(moment, f
     run = finished.copy(tmp_path / "run", without=STAGES[2:])
     kill_and_rerun(("run", run.out), run.out, moment, "driver")
     assert same_outcome(run.out, finished.out)
-    assert not [path for path in run.out.rglob("*") if ".partial" in path.name or ".old" in path.name]
+    assert not [path for path in run.out.rglob("*") if path.suffix in (".partial", ".old", ".tmp")]
 
 
 @pytest.mark.slow

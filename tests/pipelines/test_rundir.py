@@ -137,6 +137,7 @@ def test_sweep_removes_only_what_writers_leave(tmp_path):
     for name in (".a.json.0123.partial", ".b.0123.old", "a.partial", "b.old", ".hidden", ".lock"):
         (tmp_path / name).touch()
     (tmp_path / ".c.0123.partial").mkdir()
+    (tmp_path / "..d.0123.partial.4567.tmp").mkdir()
     (tmp_path / ".c.0123.partial" / "inside").touch()
     sweep_partials(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [".hidden", ".lock", "a.partial", "b.old"]
