@@ -1,5 +1,4 @@
-"""The `sae` command: thin, one function per subcommand. Heavy imports stay inside the functions so that --help is
-quick."""
+"""The `sae` command: thin, one function per subcommand; heavy imports stay inside them so that --help is quick."""
 
 import functools
 import json
@@ -50,6 +49,8 @@ def told_plainly(command: Callable[..., None]) -> Callable[..., None]:
         except PipelineError as error:
             _stop(str(error), error.exit_code)
         except (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+            if error.filename is None:  # not a path that a user gave
+                raise
             _stop(f"{error.filename}: {error.strerror}; check the path", 2)
         except KeyboardInterrupt:
             _stop("stopped; the same command continues from the last finished piece of work", 130)
@@ -73,8 +74,7 @@ def _stop(message: str, code: int) -> None:
     raise typer.Exit(code)
 
 
-# -- runs
-# ----------------------------------------------------------------------------------------------------------------
+# -- runs --------------------------------------------------------------------------------------------------------------
 
 
 @app.command()
@@ -155,8 +155,7 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
 
 
-# -- looking
-# -------------------------------------------------------------------------------------------------------------
+# -- looking -----------------------------------------------------------------------------------------------------------
 
 
 @app.command()

@@ -5,15 +5,15 @@
 The defaults below are the ones that a run gets; the resolved copy is saved as `config.yaml` in the run directory.
 """
 
-import contextlib
 import difflib
+import re
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from pipelines.errors import UsageError
 from pipelines.yamlfiles import load_yaml
@@ -23,6 +23,15 @@ class Section(BaseModel):
     """Base of every section: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _whole_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML 1.1 reads 1e6 (no dot) as text; pydantic takes such text for a float, and here for an int."""
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        if isinstance(value, str) and annotation in (int, int | None) and re.fullmatch(r"\d+e\d+", value):
+            return float(value)
+        return value
 
 
 class ModelConfig(Section):
@@ -322,10 +331,6 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     except yaml.YAMLError as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"--set {override}: the value is not valid YAML ({reason}); put it in quotes") from error
-    if isinstance(value, str):
-        # YAML 1.1 reads 5e-4 (no dot) as text.
-        with contextlib.suppress(ValueError):
-            value = float(value)
     parts = key.split(".")
     node: Any = raw
     for i, part in enumerate(parts):

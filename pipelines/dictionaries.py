@@ -95,6 +95,6 @@ def saelens_metadata(provenance: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def is_whole(folder: Path) -> bool:
-    """Whether a dictionary's files are all there."""
-    return all((folder / name).exists() for name in ("dictionary.json", "cfg.json", "sae_weights.safetensors"))
+def dictionary_files(folder: Path) -> list[Path]:
+    """The files without which a folder is no dictionary."""
+    return [folder / name for name in ("dictionary.json", "cfg.json", "sae_weights.safetensors")]

@@ -53,6 +53,7 @@ def encode_texts(
         sink_norm: tokens above this norm are sinks; None counts every token but the first.
         prepend_bos: put the BOS token in front of every text, as the store did.
     """
+    hook = dictionary.required_hook_name
     # As in collection: special tokens are ours to place.
     lead = [lm.tokenizer.bos_token_id] if prepend_bos else []
     encoded = [lead + lm.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
@@ -69,13 +70,7 @@ def encode_texts(
             tokens[j, : len(encoded[i])] = torch.tensor(encoded[i], dtype=torch.long)
             real[j, : len(encoded[i])] = True
         position = torch.arange(width).expand(len(batch), width)
-        x = (
-            lm.capture(tokens.to(lm.device), position.to(lm.device), [dictionary.required_hook_name])[
-                dictionary.required_hook_name
-            ]
-            .float()
-            .cpu()
-        )
+        x = lm.capture(tokens.to(lm.device), position.to(lm.device), [hook])[hook].float().cpu()
         counted = real & (position > 0)
         if sink_norm is not None:
             counted &= x.norm(dim=-1) <= sink_norm

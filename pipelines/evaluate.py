@@ -31,7 +31,7 @@ def evaluate(config: RunConfig, run: RunDir, ui: Reporter) -> dict[str, dict[str
     store = open_store(config, run)
     lm = LanguageModel(resolve_model(config.model), config.model)
     start, stop = store.spec.split_range("heldout")
-    total = (stop - start) * store.spec.context_length + config.evaluate.n_ce_tokens
+    total = (stop - start + _n_spliced(store, config.evaluate)) * store.spec.context_length
     figures = {}
     for name in config.saes:
         dictionary = load_trained(run, name)
@@ -81,6 +81,12 @@ def evaluate_reconstruction(
     }
 
 
+def _n_spliced(store: ActivationStore, config: EvaluateConfig) -> int:
+    """Held-out contexts of the spliced forward passes."""
+    start, stop = store.spec.split_range("heldout")
+    return min(stop - start, max(1, config.n_ce_tokens // store.spec.context_length))
+
+
 @dataclass
 class _Sums:
     """Cross-entropy, and KL divergence from the clean model, summed over predictions, in nats."""
@@ -118,8 +124,8 @@ def evaluate_splice(
     other tokens; the `_all` scores replace every token and count every prediction. A prediction across a document
     boundary never counts.
     """
-    start, stop = store.spec.split_range("heldout")
-    n_contexts = min(stop - start, max(1, config.n_ce_tokens // store.spec.context_length))
+    start, _ = store.spec.split_range("heldout")
+    n_contexts = _n_spliced(store, config)
     isolate = bool(store.spec.provenance["packing"]["isolate_documents"])
     sums: dict[str, _Sums] = defaultdict(_Sums)
     for low in range(start, start + n_contexts, config.batch_contexts):

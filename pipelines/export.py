@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import torch
 
+from pipelines.collect import open_store
 from pipelines.config import RunConfig
 from pipelines.dictionaries import load_trained
 from pipelines.progress import Reporter
@@ -39,7 +40,7 @@ def export_dictionary(config: RunConfig, run: RunDir, name: str) -> Path:
             partial,
             provenance=dictionary.provenance,
             metrics=metrics,
-            sparsity=_firing_share(run, name),
+            sparsity=_firing_share(config, run, name),
             features=features,
             overwrite=True,
         )
@@ -50,12 +51,16 @@ def export_dictionary(config: RunConfig, run: RunDir, name: str) -> Path:
     return target
 
 
-def _firing_share(run: RunDir, name: str) -> torch.Tensor | None:
-    """Share of the store's tokens on which each latent fires; None when latents were not computed."""
+def _firing_share(config: RunConfig, run: RunDir, name: str) -> torch.Tensor | None:
+    """Share of the store's tokens, sinks left out, on which each latent fires; None when latents were not computed."""
     if not run.latents(name).exists():
         return None
-    latents = LatentStore.open(run.latents(name))
-    return torch.from_numpy(latents.counts()).double() / latents.n_rows
+    store, hook = open_store(config, run), config.hook_of(name)
+    n_counted = 0
+    for shard in range(store.spec.n_shards):
+        start, stop = store.spec.shard_range(shard)
+        n_counted += int((~store.sink_mask(hook, start, stop, config.sinks.multiple)).sum())
+    return torch.from_numpy(LatentStore.open(run.latents(name)).counts()).double() / n_counted
 
 
 def model_card(name: str, run_name: str, dictionary: Dictionary, metrics: dict[str, Any]) -> str:

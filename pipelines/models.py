@@ -38,7 +38,7 @@ class ResolvedModel:
     revision: str | None
 
     def provenance(self) -> dict[str, Any]:
-        """What the store's fingerprint records; no path of this machine."""
+        """What the store's fingerprint records: the source as the config gives it, not where it was found."""
         return {
             "source": self.source,
             "revision": self.revision,

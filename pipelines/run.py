@@ -94,7 +94,7 @@ def _concept_digests(config: RunConfig) -> list[str]:
 
 
 def open_run(config: RunConfig, out: Path) -> Run:
-    """Prepare the run directory: refuse one that belongs to another config, save the resolved config.
+    """The run of a config in a directory, which may be new; one that belongs to another config is refused.
 
     Raises:
         UsageError: `out` holds activations or weights made with another config; the message lists the differing keys.
@@ -228,17 +228,17 @@ def _results(run: Run, stage: str, figures: Any) -> list[Path]:
 
             return [store_path(run.config, run.dir) / "seal.json"]
         case "train":
-            return [
-                run.dir.trained(name) / file
-                for name in names
-                for file in ("dictionary.json", "cfg.json", "sae_weights.safetensors")
-            ]
+            from pipelines.dictionaries import dictionary_files
+
+            return [file for name in names for file in dictionary_files(run.dir.trained(name))]
         case "evaluate":
             return [run.dir.metrics_path]
         case "label":
             return [run.dir.labels(name) / "features.parquet" for name in names if run.config.label.enabled]
         case "export":
-            return [run.dir.dictionary(name) / "dictionary.json" for name in names]
+            from pipelines.dictionaries import dictionary_files
+
+            return [file for name in names for file in dictionary_files(run.dir.dictionary(name))]
         case "audit":
             return [Path(verdict["report"]) for verdict in figures.values()]
     raise AssertionError(stage)

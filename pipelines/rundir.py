@@ -78,6 +78,11 @@ class RunDir:
         record = read_json(marker)
         return str(record["key"]) if all((self.path / result).exists() for result in record["results"]) else None
 
+    def stage_results(self, stage: str) -> list[Path]:
+        """The files that `stage` left when it last finished; none if it never has."""
+        marker = self.path / ".stages" / f"{stage}.json"
+        return [self.path / result for result in read_json(marker)["results"]] if marker.exists() else []
+
     def mark_finished(self, stage: str, key: str, seconds: float, results: Iterable[Path] = ()) -> None:
         """Record that `stage` is finished for the inputs behind `key`, and the files without which it is not."""
         within = [

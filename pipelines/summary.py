@@ -1,8 +1,6 @@
 """The table at the end of a run: what a person wants to know, and where to look next."""
 
-import json
 import math
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -10,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pipelines.run import Run
+from pipelines.rundir import read_json
 
 
 def summary(run: Run) -> dict[str, Any]:
@@ -20,19 +19,15 @@ def summary(run: Run) -> dict[str, Any]:
         prefix = f"{name}."
         record = run.dir.trained(name) / "dictionary.json"
         saes[name] = {
-            "config": json.loads(record.read_text(encoding="utf-8"))["config"] if record.exists() else {},
+            "config": read_json(record)["config"] if record.exists() else {},
             **{key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)},
         }
     audits = {}
-    concepts = [Path(concept).stem for concept in run.config.audit.concepts]
-    current = {concept if len(saes) == 1 else f"{sae}-{concept}" for concept in concepts for sae in saes}
-    for path in sorted((run.dir.path / "audit").glob("*/audit.json")):
-        if path.parent.name not in current:
-            continue
-        verdict = json.loads(path.read_text(encoding="utf-8"))["verdict"]
-        audits[path.parent.name] = {
+    for report in run.dir.stage_results("audit"):
+        verdict = read_json(report.with_name("audit.json"))["verdict"]
+        audits[report.parent.name] = {
             **{key: verdict[key] for key in ("level", "latent", "auroc", "low", "high", "sentence")},
-            "report": str(path.parent / "report.html"),
+            "report": str(report),
         }
     return {"run": str(run.dir.path), "n_tokens": metrics.get("collect.n_tokens"), "saes": saes, "audits": audits}
 

@@ -15,7 +15,7 @@ from typing import Any
 from pipelines.cluster.local import require_cpus, start_ray
 from pipelines.collect import open_store, store_path
 from pipelines.config import RayConfig, RunConfig, SAESpec, TrainConfig
-from pipelines.dictionaries import dictionary_provenance, import_dictionary, is_whole
+from pipelines.dictionaries import dictionary_files, dictionary_provenance, import_dictionary
 from pipelines.errors import RunError, UsageError
 from pipelines.progress import Reporter
 from pipelines.rundir import RunDir
@@ -32,7 +32,7 @@ def train(config: RunConfig, run: RunDir, ui: Reporter) -> dict[str, dict[str, A
     _require_one_batch(config.train, store)
     figures = {}
     for name in config.saes:
-        if not is_whole(run.trained(name)):
+        if not _is_trained(run, name):
             _run_ray(make_job(config, run, name, store), config, name, run, ui)
         figures[name] = last_line(run.checkpoints(name) / METRICS_FILE)
     return figures
@@ -154,8 +154,12 @@ def _run_ray(job: TrainJob, config: RunConfig, name: str, run: RunDir, ui: Repor
             finished.set()
             tail.join()
             shutil.rmtree(scratch, ignore_errors=True)
-    if not is_whole(run.trained(name)):
+    if not _is_trained(run, name):
         raise RunError(f"training {name} ended without a dictionary in {run.trained(name)}; rerun to continue")
+
+
+def _is_trained(run: RunDir, name: str) -> bool:
+    return all(file.exists() for file in dictionary_files(run.trained(name)))
 
 
 def _root_cause(error: BaseException) -> str:

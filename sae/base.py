@@ -3,6 +3,7 @@
 An architecture adds one rule, `activate`: which pre-activations become latent activations at inference.
 """
 
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ class SparseLatents(NamedTuple):
     value: Float[Tensor, " n_active"]
 
 
-class SAE(nn.Module):
+class SAE(nn.Module, ABC):
     """Sparse autoencoder over activations of width `d_in` with `d_sae` latents.
 
         pre_acts    = (x - b_dec) @ W_enc + b_enc
@@ -57,9 +58,9 @@ class SAE(nn.Module):
     def d_sae(self) -> int:
         return self.config.d_sae
 
+    @abstractmethod
     def activate(self, pre_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
         """Latent activations from pre-activations by the inference rule; never negative."""
-        raise NotImplementedError
 
     def _centred(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
         if x.shape[-1] != self.d_in:

@@ -30,9 +30,10 @@ def finished(tiny_model: Path, tiny_texts: Path, tmp_path_factory: pytest.TempPa
     return folder
 
 
-def sae(cwd: Path, *arguments: str) -> str:
+def python(cwd: Path, *arguments: str) -> str:
+    """What Python prints, run in `cwd` on this checkout."""
     result = subprocess.run(
-        [sys.executable, "-m", "sae_pipelines_entry", *arguments],
+        [sys.executable, *arguments],
         cwd=cwd,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -43,20 +44,15 @@ def sae(cwd: Path, *arguments: str) -> str:
     return result.stdout
 
 
+def sae(cwd: Path, *arguments: str) -> str:
+    return python(cwd, "-m", "sae_pipelines_entry", *arguments)
+
+
 def test_python_blocks_run(finished: Path) -> None:
     code = blocks("python")
     assert code
     for block in code:
-        result = subprocess.run(
-            [sys.executable, "-c", block],
-            cwd=finished,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert result.returncode == 0, result.stderr
-        assert result.stdout.strip()
+        assert python(finished, "-c", block).strip()
 
 
 def test_commands_exist_and_init_writes_a_config_that_loads(finished: Path) -> None:

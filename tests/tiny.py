@@ -7,6 +7,17 @@ from typing import Any
 import numpy as np
 import torch
 
+DICTIONARY_FILES = {
+    "cfg.json",
+    "sae_weights.safetensors",
+    "sparsity.safetensors",
+    "dictionary.json",
+    "features.parquet",
+    "examples.parquet",
+    "README.md",
+}
+"""What the export stage leaves."""
+
 TOPICS = {
     "rivers": ["river", "stream", "water", "bank", "flows", "delta", "bridge", "boat", "tide", "flood"],
     "metals": ["iron", "copper", "zinc", "ore", "smelter", "alloy", "furnace", "mine", "steel", "nickel"],

@@ -2,10 +2,12 @@
 
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from pipelines.audit.concepts import Concept, ConceptError, Example, examples_of, load_concept, topic_examples
 from pipelines.audit.result import AuditResult
@@ -110,7 +112,8 @@ class _Auditor:
         out = self._run.audit(audit_name)
         marker = f"audit.{audit_name}"
         if self._run.stage_key(marker) == key:
-            return _line(AuditResult.model_validate_json((out / "audit.json").read_text()), out)
+            with suppress(ValidationError):  # written by an older version: made again
+                return _line(AuditResult.model_validate_json((out / "audit.json").read_text()), out)
         began = time.monotonic()
         rows, corpus = self._pooled_corpus()
         examples, pooled, n_cut = self._examples(concept, rows, corpus)

@@ -23,7 +23,7 @@ from pipelines.labels.heldout import Scores
 from pipelines.labels.logit_lens import logit_lens
 from pipelines.labels.predicates import Predicates, describe
 from pipelines.labels.scores import mismatch_p
-from pipelines.labels.settings import LabelConfig, LabelSummary
+from pipelines.labels.settings import LabelSettings, LabelSummary
 from pipelines.labels.tables import FEATURES, ParquetFile, nullable
 
 FEATURES_FILE = "features.parquet"
@@ -74,7 +74,7 @@ def lens_words(
     W_dec: Float[Tensor, "d_sae d_in"],
     unembedding: tuple[Float[Tensor, " d_model"], Float[Tensor, "d_model vocab"]] | None,
     token_strings: Sequence[str],
-    config: LabelConfig,
+    config: LabelSettings,
 ) -> tuple[list[list[str] | None], list[list[str] | None]]:
     """Promoted and suppressed tokens of each latent; None without an unembedding."""
     if unembedding is None:
@@ -98,7 +98,7 @@ def write_features(
     suppresses: list[list[str] | None],
     table: TokenTable,
     out_dir: Path,
-    config: LabelConfig,
+    config: LabelSettings,
 ) -> LabelSummary:
     """Decide which latents are labelled, write features.parquet into `out_dir` and sum up."""
     rules, scores = first.predicates, second.own.detection

@@ -18,7 +18,7 @@ from pipelines.labels.features import EXAMPLES_FILE, Fitted, Tested, lens_words,
 from pipelines.labels.firings import Firings, block_ranges
 from pipelines.labels.heldout import HeldOut, Scores
 from pipelines.labels.predicates import Predicates, concatenate, firing_weights, fit_predicates
-from pipelines.labels.settings import LabelConfig, LabelSummary
+from pipelines.labels.settings import LabelSettings, LabelSummary
 from pipelines.labels.tables import EXAMPLES, ParquetFile, example_columns
 from pipelines.progress import Reporter
 
@@ -34,7 +34,7 @@ def label_latents(
     ui: Reporter,
     *,
     seed: int,
-    config: LabelConfig | None = None,
+    config: LabelSettings | None = None,
 ) -> LabelSummary:
     """`label_dictionary` on arrays.
 
@@ -42,7 +42,7 @@ def label_latents(
         read_block: firings of latents `lo..hi` over all token rows.
         counts: firings of each latent, to cut the dictionary into blocks.
     """
-    config = config or LabelConfig()
+    config = config or LabelSettings()
     families = build_families(table, token_strings)
     heldout = HeldOut(table, families)
     max_latents = max(1, min(512, 4_000_000 // heldout.n_documents))
@@ -66,7 +66,7 @@ def _fit(
     out_dir: Path,
     ui: Reporter,
     rng: np.random.Generator,
-    config: LabelConfig,
+    config: LabelSettings,
 ) -> Fitted:
     train_rows = table.rows("train")
     in_train = np.zeros(table.n_tokens, bool)
@@ -120,7 +120,7 @@ def _test(
     first: Fitted,
     ui: Reporter,
     rng: np.random.Generator,
-    config: LabelConfig,
+    config: LabelSettings,
 ) -> Tested:
     n_latents = first.predicates.n_latents
     testable = np.flatnonzero(first.n_heldout_active > 0)

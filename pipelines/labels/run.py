@@ -8,7 +8,7 @@ from pipelines.collect import open_store
 from pipelines.config import RunConfig
 from pipelines.dictionaries import load_trained
 from pipelines.errors import RunError
-from pipelines.labels.settings import LabelConfig
+from pipelines.labels.settings import LabelSettings
 from pipelines.labels.stage import label_dictionary
 from pipelines.latents import compute_latents, dictionary_digest
 from pipelines.models import LanguageModel, resolve_model
@@ -51,7 +51,7 @@ def label(config: RunConfig, run: RunDir, ui: Reporter) -> dict[str, dict[str, A
                 ui,
                 seed=config.seed,
                 sink_multiple=config.sinks.multiple,
-                config=LabelConfig(min_detection=config.label.min_detection),
+                config=LabelSettings(min_detection=config.label.min_detection),
             )
         except ValueError as error:
             raise RunError(f"labelling {name}: {error}") from error

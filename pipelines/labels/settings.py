@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelConfig:
+class LabelSettings:
     """Settings of the label stage."""
 
     n_top: int = 10

@@ -12,7 +12,7 @@ from torch import Tensor
 from pipelines.labels.families import TokenTable
 from pipelines.labels.firings import Firings
 from pipelines.labels.labelling import label_latents
-from pipelines.labels.settings import LabelConfig, LabelSummary
+from pipelines.labels.settings import LabelSettings, LabelSummary
 from pipelines.progress import Reporter
 from sae import Dictionary
 from storage.activations import ActivationStore
@@ -29,7 +29,7 @@ def label_dictionary(
     ui: Reporter,
     *,
     seed: int,
-    config: LabelConfig | None = None,
+    config: LabelSettings | None = None,
     sink_multiple: float = 3.0,
 ) -> LabelSummary:
     """Label every latent of `dictionary` and write features.parquet and examples.parquet into `out_dir`.

@@ -83,7 +83,7 @@ def sentence(process: subprocess.CompletedProcess[str], exit_code: int) -> str:
     return re.sub(r"\s+", " ", process.stderr.removeprefix("sae: ")).strip()
 
 
-# -- what a run left -
+# -- what a run left ---------------------------------------------------------------------------------------------------
 
 
 def events(out: Path) -> list[dict[str, Any]]:
@@ -145,7 +145,7 @@ def same_outcome(out: Path, other: Path) -> bool:
     return True
 
 
-# -- killing -
+# -- killing -----------------------------------------------------------------------------------------------------------
 
 
 class Driver:

@@ -20,8 +20,7 @@ def texts_of(source):
     return [document.text for document in read_source(source)[0]]
 
 
-# -- formats
-# -------------------------------------------------------------------------------------------------------------
+# -- formats -----------------------------------------------------------------------------------------------------------
 
 
 def test_txt_has_one_document_a_line(tmp_path):
@@ -142,8 +141,7 @@ def test_hub_without_the_library_names_the_extra(monkeypatch):
         read_source(TextSource(dataset="someone/texts"))
 
 
-# -- refusals
-# ------------------------------------------------------------------------------------------------------------
+# -- refusals ----------------------------------------------------------------------------------------------------------
 
 
 def test_missing_file_is_named(tmp_path):
@@ -226,8 +224,7 @@ def test_source_without_text_is_refused(tmp_path):
         read_source(TextSource(path=str(tmp_path / "a.txt")))
 
 
-# -- order and split
-# -----------------------------------------------------------------------------------------------------
+# -- order and split ---------------------------------------------------------------------------------------------------
 
 
 @given(topics=topics, seed=st.integers(0, 2**32 - 1))

@@ -19,7 +19,7 @@ from pipelines.models import load_tokenizer, resolve_model
 from pipelines.run import STAGES
 from sae import Dictionary
 from storage import ActivationStore, verify
-from tests.tiny import TOPICS, tiny_config, write_tiny_model
+from tests.tiny import DICTIONARY_FILES, TOPICS, tiny_config, write_tiny_model
 
 HOOKS = ("model.layers.0", "model.layers.1")
 
@@ -35,18 +35,7 @@ def test_run_leaves_every_artefact_of_a_run_directory(finished: FinishedRun):
         "activations/data.zarr/zarr.json",
         "checkpoints/main/metrics.jsonl",
         "latents/main/seal.json",
-        *(
-            f"dictionaries/main/{name}"
-            for name in (
-                "cfg.json",
-                "sae_weights.safetensors",
-                "sparsity.safetensors",
-                "dictionary.json",
-                "features.parquet",
-                "examples.parquet",
-                "README.md",
-            )
-        ),
+        *(f"dictionaries/main/{name}" for name in DICTIONARY_FILES),
         *(
             f"audit/{name}/{file}"
             for name in ("birds", "rivers_written")

@@ -26,8 +26,7 @@ def load(tmp_path: Path) -> Any:
     return write_and_load
 
 
-# -- files
-# ---------------------------------------------------------------------------------------------------------------
+# -- files -------------------------------------------------------------------------------------------------------------
 
 
 def test_load_config_says_how_to_get_a_config_when_there_is_none(tmp_path):
@@ -69,8 +68,7 @@ def test_config_is_frozen(load, raw):
         load(raw).train.lr = 1.0
 
 
-# -- unknown keys and bad values
-# -----------------------------------------------------------------------------------------
+# -- unknown keys and bad values ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -160,8 +158,7 @@ def test_text_source_needs_exactly_one_origin(load, raw, source):
         load(raw | {"text": [source]})
 
 
-# -- --set
-# ---------------------------------------------------------------------------------------------------------------
+# -- --set -------------------------------------------------------------------------------------------------------------
 
 
 def test_set_reads_floats_without_a_dot(load, raw):
@@ -234,3 +231,12 @@ def test_differing_keys_are_dotted_and_sorted():
     b = {"x": 1, "train": {"lr": 2.0, "k": 2}, "hooks": ["b"], "new": 0}
     assert list(differing_keys(a, b)) == ["hooks", "new", "train.lr"]
     assert list(differing_keys(a, a)) == []
+
+
+def test_whole_numbers_in_exponent_form_are_read_from_files_too_and_text_stays_text(raw, load):
+    raw["collect"]["n_tokens"] = "1e6"
+    raw["model"]["revision"] = "12e5"
+    config = load(raw)
+    assert config.collect.n_tokens == 1_000_000
+    assert config.model.revision == "12e5"
+    assert load(raw, "model.revision=123e456").model.revision == "123e456"

@@ -35,8 +35,7 @@ def kill_after_first_line(process: subprocess.Popen[str]) -> None:
         assert process.wait() == -signal.SIGKILL
 
 
-# -- files
-# ---------------------------------------------------------------------------------------------------------------
+# -- files -------------------------------------------------------------------------------------------------------------
 
 
 def test_write_bytes_replaces_a_file_and_leaves_nothing_beside_it(tmp_path):
@@ -90,8 +89,7 @@ rundir.write_bytes(Path(sys.argv[1]), b"new" * 1000)
     assert list(tmp_path.iterdir()) == [path]
 
 
-# -- folders
-# -------------------------------------------------------------------------------------------------------------
+# -- folders -----------------------------------------------------------------------------------------------------------
 
 
 def test_replacing_directory_swaps_the_folder_as_a_whole(tmp_path):
@@ -143,8 +141,7 @@ def test_sweep_removes_only_what_writers_leave(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == [".hidden", ".lock", "a.partial", "b.old"]
 
 
-# -- stages and records
-# --------------------------------------------------------------------------------------------------
+# -- stages and records ------------------------------------------------------------------------------------------------
 
 
 def test_rundir_object_touches_nothing(tmp_path):
@@ -211,8 +208,7 @@ def test_paths_lie_inside_the_run(tmp_path):
     assert all(path.is_relative_to(tmp_path) for path in paths)
 
 
-# -- lock
-# ----------------------------------------------------------------------------------------------------------------
+# -- lock --------------------------------------------------------------------------------------------------------------
 
 HOLD = """
 import sys

@@ -7,7 +7,7 @@ import torch
 from label_corpus import fire_on, reader, spell, to_firings, zipf_table
 
 from pipelines.labels.labelling import deal_to_others, label_latents
-from pipelines.labels.settings import LabelConfig
+from pipelines.labels.settings import LabelSettings
 from pipelines.labels.stage import label_dictionary, read_token_table
 from pipelines.labels.tables import EXAMPLES, FEATURES, ParquetFile
 from pipelines.progress import SilentReporter
@@ -26,7 +26,7 @@ def table():
 def run(table, columns, out_dir, *, unembedding=None, seed=0, **options):
     firings = to_firings(*zip(*columns, strict=True))
     W_dec = torch.randn(firings.n_latents, 8, generator=torch.Generator().manual_seed(0))
-    config = LabelConfig(**options)
+    config = LabelSettings(**options)
     summary = label_latents(
         table,
         reader(firings),
@@ -212,7 +212,7 @@ def test_an_error_leaves_no_file_behind(tmp_path):
 )
 def test_settings_refuse_impossible_values(field, value, message):
     with pytest.raises(ValueError, match=message):
-        LabelConfig(**{field: value})
+        LabelSettings(**{field: value})
 
 
 # -- on real storage ---------------------------------------------------------------------------------------------------
