@@ -1,14 +1,15 @@
 """Two processes with half of each batch take the steps that one process takes with all of it."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from sae import BatchTopKConfig, StepMetrics, TopKConfig, Trainer, TrainerConfig, build
 from sae.parallel import Group
+from tests.sae.ranks import run_ranks
 
 D_IN, D_SAE, BATCH, N_STEPS = 16, 64, 128, 20
 
@@ -32,25 +33,18 @@ def dist_rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def worker(rank: int, architecture: str, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=2)
-    try:
-        run, history = train(architecture, slice(rank, None, 2))
-        torch.save({"state": run.sae.state_dict(), "history": [list(m) for m in history]}, folder / f"{rank}.pt")
-        values, own = Group().gather_values(torch.full((rank + 1,), float(rank)))
-        assert values.tolist() == [0.0, 1.0, 1.0]
-        assert own == slice(rank, 2 * rank + 1)
-        dist.barrier()  # a process that leaves early aborts the other
-    finally:
-        dist.destroy_process_group()
+def rank_result(rank: int, architecture: str) -> dict[str, Any]:
+    run, history = train(architecture, slice(rank, None, 2))
+    values, own = Group().gather_values(torch.full((rank + 1,), float(rank)))
+    assert values.tolist() == [0.0, 1.0, 1.0]
+    assert own == slice(rank, 2 * rank + 1)
+    return {"state": dict(run.sae.state_dict()), "history": [list(m) for m in history]}
 
 
 @pytest.mark.parametrize("architecture", ["topk", "batchtopk"])
 def test_two_processes_equal_one(architecture: str, tmp_path: Path) -> None:
-    mp.spawn(worker, args=(architecture, tmp_path), nprocs=2)  # type: ignore[no-untyped-call]
+    first, second = run_ranks(rank_result, 2, tmp_path, architecture)
     one, history = train(architecture, slice(None))
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert max(m.dead for m in history) > 0
     for name, tensor in one.sae.state_dict().items():
         assert torch.equal(first["state"][name], second["state"][name]), name
