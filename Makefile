@@ -1,5 +1,6 @@
 # make demo     the whole pipeline on this machine        make test   the test suite
 # make lint     format, lint, types, import contracts     make check  lint and test
+# make bench-NAME   a benchmark of tests/benchmarks/: a table, a dated note in docs/benchmarks/, a line of JSON
 # Each target sets up what it needs and is quick when that is done.
 
 PYTHON ?= python3
@@ -26,6 +27,10 @@ lint: $(READY)
 check: lint test
 
 peers: .venv-peers/.ready
+
+bench-%: $(READY)
+	-$(MAKE) --no-print-directory peers
+	$(BIN)/python -m tests.benchmarks.$*
 
 clean:
 	rm -rf $(VENV) .venv-peers build *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
