@@ -12,7 +12,7 @@ speed of a memory map.
 `FORMAT.md` says what is on disk. This package knows bytes, not models: it imports neither `sae` nor `pipelines`.
 """
 
-from storage.activations import ActivationStore, Contexts
+from storage.activations import BOS, PADDING, SINK, SPECIAL, ActivationStore, Contexts
 from storage.errors import (
     AlreadyExistsError,
     CorruptionError,
@@ -25,11 +25,15 @@ from storage.errors import (
 from storage.integrity import Problem, Repair, repair, verify
 from storage.latents import LatentBlock, LatentStore, LatentWriter
 from storage.shuffle import ShuffledReader
-from storage.spec import HookSpec, StoreSpec, zarr_name
+from storage.spec import HookSpec, StoreSpec, TableSpec, zarr_name
 from storage.statistics import Statistics
 from storage.writer import ActivationWriter, Receipt
 
 __all__ = [
+    "BOS",
+    "PADDING",
+    "SINK",
+    "SPECIAL",
     "ActivationStore",
     "ActivationWriter",
     "AlreadyExistsError",
@@ -50,6 +54,7 @@ __all__ = [
     "Statistics",
     "StorageError",
     "StoreSpec",
+    "TableSpec",
     "repair",
     "verify",
     "zarr_name",

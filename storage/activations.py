@@ -9,6 +9,7 @@ Ranges are of contexts. Reads are contiguous copies out of memory maps; to train
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,9 +19,9 @@ from numpy.typing import NDArray
 from storage.backends import Backend, LocalBackend
 from storage.commits import CommitLog
 from storage.errors import CorruptionError, IncompleteError, NotFoundError
-from storage.layout import TABLE_NAMES, activations_array, norms_array, table_array
+from storage.layout import activations_array, norms_array, table_array
 from storage.rows import RowReader
-from storage.spec import StoreSpec
+from storage.spec import FLAGS, TABLE_NAMES, StoreSpec
 from storage.statistics import Statistics
 from storage.writer import ActivationWriter, Path, Receipt, merged_statistics, read_spec, read_tables
 
@@ -31,6 +32,11 @@ __all__ = ["ActivationStore", "ActivationWriter", "Contexts", "Receipt"]
 
 SINK_MULTIPLE = 3.0
 """A token whose norm exceeds this many median norms is an attention sink."""
+
+
+BOS, PADDING, SPECIAL, SINK = 1, 2, 4, 8
+"""Bits of `ActivationStore.mask`: first token of a text, filler without meaning, other special token, attention sink.
+The first three are those of the table `flags`; a store without it has none of them."""
 
 
 class Contexts(NamedTuple):
@@ -51,7 +57,7 @@ class ActivationStore:
         self._log = CommitLog(backend, spec.fingerprint, spec.n_shards)
         self._sidecars = set(read_tables(backend, spec)["files"])
         self._seal = None if tail else self._log.read_seal()
-        self._tables = {name: RowReader(backend, table_array(spec, name), verify=verify) for name in TABLE_NAMES}
+        self._tables = {name: RowReader(backend, table_array(spec, name), verify=verify) for name in spec.table_dtypes}
         self._activations, self._norms = (
             {hook.name: RowReader(backend, layout(spec, hook), verify=verify) for hook in spec.hooks}
             for layout in (activations_array, norms_array)
@@ -133,15 +139,47 @@ class ActivationStore:
             stop - start, self.spec.context_length
         )
 
-    def sink_mask(self, hook: str, start: int, stop: int, multiple: float = SINK_MULTIPLE) -> NDArray[np.bool_]:
-        """True for attention sinks, bool [stop - start, context_length].
+    def table(self, name: str, start: int, stop: int) -> NDArray[Any]:
+        """A per-token table over contexts [start, stop) in its own type, [stop - start, context_length].
 
-        A sink has position 0, or norm > multiple * the store's median norm.
+        Raises: ValueError for a table that the store does not have.
         """
-        threshold = np.float32(multiple * self.statistics(hook).median_norm)
-        mask: NDArray[np.bool_] = self.norms(hook, start, stop) > threshold
-        mask |= self._table("position", start, stop) == 0
+        return self._table(name, start, stop)
+
+    def sink_mask(self, hook: str, start: int, stop: int, multiple: float = SINK_MULTIPLE) -> NDArray[np.bool_]:
+        """True for rows that no figure may count, bool [stop - start, context_length]: attention sinks and padding.
+
+        A sink has position 0, or norm > multiple * the store's median norm. `mask` tells sinks and padding apart.
+        """
+        mask: NDArray[np.bool_] = self.mask(hook, start, stop, multiple) & (SINK | PADDING) != 0
         return mask
+
+    def mask(self, hook: str, start: int, stop: int, multiple: float = SINK_MULTIPLE) -> NDArray[np.uint8]:
+        """Bits `BOS`, `PADDING`, `SPECIAL` and `SINK` of each token, uint8 [stop - start, context_length].
+
+        Padding is never a sink.
+        """
+        if FLAGS in self._tables:
+            mask: NDArray[np.uint8] = self._table(FLAGS, start, stop) & np.uint8(BOS | PADDING | SPECIAL)
+        else:
+            mask = np.zeros((stop - start, self.spec.context_length), np.uint8)
+        threshold = np.float32(multiple * self.statistics(hook).median_norm)
+        sinks = (self.norms(hook, start, stop) > threshold) | (self._table("position", start, stop) == 0)
+        mask[sinks & (mask & PADDING == 0)] |= SINK
+        return mask
+
+    def select(self, selection: Mapping[str, Collection[int]], start: int, stop: int) -> NDArray[np.bool_]:
+        """True for tokens whose value in each named table is among the given ones, bool [stop - start, context_length].
+
+        An empty selection takes every token, padding too.
+
+        Raises: ValueError for a table that the store does not have.
+        """
+        self._check_range(start, stop)
+        chosen = np.ones((stop - start, self.spec.context_length), bool)
+        for name, values in selection.items():
+            chosen &= np.isin(self._table(name, start, stop), np.array(sorted(values), np.int64))
+        return chosen
 
     def statistics(self, hook: str) -> Statistics:
         """Statistics over all rows of a hook; with `tail`, over the shards committed when it is first asked for."""
@@ -152,7 +190,9 @@ class ActivationStore:
         values = merged_statistics(self._log, self.spec) if self._seal is None else self._seal["statistics"]
         return {name: Statistics.from_json(value) for name, value in values.items()}
 
-    def _table(self, name: str, start: int, stop: int) -> NDArray[np.int32]:
+    def _table(self, name: str, start: int, stop: int) -> NDArray[Any]:
+        if name not in self._tables:
+            raise ValueError(f"The store has no table {name!r}; it has {', '.join(self._tables)}.")
         self._check_range(start, stop)
         return self._tables[name].read(start, stop)
 

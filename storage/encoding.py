@@ -52,9 +52,14 @@ def decode_index(data: NDArray[np.uint8], n_slots: int) -> NDArray[np.uint64]:
 
 
 def fill_value(dtype: np.dtype[Any]) -> int | float:
-    """What an element that was never written reads as: NaN, whose bfloat16 pattern is 0x7FC0; -1 for integers."""
+    """What an element that was never written reads as.
+
+    NaN, whose bfloat16 pattern is 0x7FC0; for integers -1, or the greatest value if there is no negative one.
+    """
     if dtype == np.uint16:
         return BF16_NAN
+    if dtype.kind == "u":
+        return int(np.iinfo(dtype).max)
     return float("nan") if dtype.kind == "f" else -1
 
 

@@ -26,7 +26,6 @@ RESERVED = frozenset({SPEC, TABLES, SEAL, COMMITS, STAGING, GROUP})
 """Names in the root of a store that a sidecar may not take."""
 
 MIB = 2**20
-TABLE_NAMES = ("tokens", "document", "position")
 
 
 @dataclass(frozen=True)
@@ -157,10 +156,10 @@ def norms_array(spec: StoreSpec, hook: HookSpec) -> ArrayLayout:
 
 
 def table_array(spec: StoreSpec, name: str) -> ArrayLayout:
-    """`tokens`, `document` or `position`: one row per context, files of about 1 MiB."""
+    """A per-token table: one row per context, files of at most about 1 MiB, the same rows in those of every table."""
     rows = max(1, min(spec.n_contexts, MIB // (4 * spec.context_length)))
     shape = (spec.n_contexts, spec.context_length)
-    return ArrayLayout(f"{GROUP}/{name}", shape, np.dtype(np.int32), rows, rows, sharded=False)
+    return ArrayLayout(f"{GROUP}/{name}", shape, np.dtype(spec.table_dtypes[name]), rows, rows, sharded=False)
 
 
 def group_metadata(attributes: dict[str, str]) -> bytes:
@@ -174,7 +173,7 @@ def metadata_files(spec: StoreSpec) -> dict[str, bytes]:
         f"{GROUP}/zarr.json": group_metadata({"fingerprint": spec.fingerprint}),
         f"{GROUP}/hooks/zarr.json": group_metadata({}),
     }
-    arrays = [table_array(spec, name) for name in TABLE_NAMES]
+    arrays = [table_array(spec, name) for name in spec.table_dtypes]
     for hook in spec.hooks:
         files[f"{GROUP}/hooks/{zarr_name(hook.name)}/zarr.json"] = group_metadata({"hook_name": hook.name})
         arrays += [activations_array(spec, hook), norms_array(spec, hook)]

@@ -20,9 +20,15 @@ FORMAT_VERSION = 1
 
 Split = Literal["train", "heldout", "all"]
 DTypeName = Literal["bfloat16", "float16", "float32"]
+TableDType = Literal["uint8", "int8", "int16", "int32", "uint32"]
+TABLE_NAMES = ("tokens", "document", "position")
+"""The per-token tables that every store has, int32 each."""
+FLAGS = "flags"
+"""Name of the extra table whose bits `BOS`, `PADDING` and `SPECIAL` a store understands."""
 STORED_DTYPE: Mapping[str, str] = {"bfloat16": "uint16", "float16": "float16", "float32": "float32"}
 """Element type in the Zarr array. Zarr v3 has no bfloat16, so its bits are stored as uint16."""
 
+_TABLE_NAME = re.compile(r"[a-z][a-z0-9_]*")
 _MODULE_PATH = re.compile(r"[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*")
 
 
@@ -87,6 +93,28 @@ class HookSpec:
             )
 
 
+@dataclass(frozen=True)
+class TableSpec:
+    """One more integer per token, beside token, document and position."""
+
+    name: str
+    """Lower-case letters, digits and underscores. `flags` holds the bits of `ActivationStore.mask`."""
+    dtype: TableDType = "int32"
+
+    def __post_init__(self) -> None:
+        if not _TABLE_NAME.fullmatch(self.name) or self.name in (*TABLE_NAMES, "hooks"):
+            raise ValueError(
+                "The name of a table must be of lower-case letters, digits and '_', start with a letter, and not be "
+                f"{', '.join(TABLE_NAMES)} or hooks; got {self.name!r}."
+            )
+        if self.dtype not in get_args(TableDType):
+            raise ValueError(
+                f"dtype of table {self.name!r} must be one of {', '.join(get_args(TableDType))}; got {self.dtype!r}."
+            )
+        if self.name == FLAGS and self.dtype != "uint8":
+            raise ValueError(f"The table {FLAGS!r} holds bits and must be uint8, got {self.dtype}.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class StoreSpec:
     """Everything that decides the bytes of a store. Two stores with the same fingerprint hold the same data."""
@@ -96,6 +124,8 @@ class StoreSpec:
     contexts_per_shard: int
     n_train_contexts: int
     hooks: tuple[HookSpec, ...]
+    tables: tuple[TableSpec, ...] = ()
+    """Extra per-token tables."""
     provenance: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """Model, tokenizer and text with hashes, batch size, …: opaque here, part of the fingerprint. JSON values only."""
     format_version: int = FORMAT_VERSION
@@ -112,6 +142,9 @@ class StoreSpec:
         names = [hook.name for hook in self.hooks]
         if not names or len(set(names)) != len(names):
             problems.append(f"hooks must be one or more different hooks, got {names}")
+        tables = [table.name for table in self.tables]
+        if len(set(tables)) != len(tables):
+            problems.append(f"tables must differ in name, got {tables}")
         try:
             provenance = json.loads(canonical_json(dict(self.provenance)))
         except (TypeError, ValueError) as error:
@@ -119,6 +152,7 @@ class StoreSpec:
         if problems:
             raise ValueError("Not a valid store specification: " + "; ".join(problems) + ".")
         object.__setattr__(self, "hooks", tuple(self.hooks))
+        object.__setattr__(self, "tables", tuple(self.tables))
         object.__setattr__(self, "provenance", provenance)
 
     @property
@@ -128,6 +162,11 @@ class StoreSpec:
     @property
     def n_tokens(self) -> int:
         return self.n_contexts * self.context_length
+
+    @property
+    def table_dtypes(self) -> dict[str, str]:
+        """Element type of every per-token table by name, the extra ones last."""
+        return dict.fromkeys(TABLE_NAMES, "int32") | {table.name: table.dtype for table in self.tables}
 
     @property
     def fingerprint(self) -> str:
@@ -168,6 +207,7 @@ class StoreSpec:
             "contexts_per_shard": self.contexts_per_shard,
             "n_train_contexts": self.n_train_contexts,
             "hooks": [{"name": hook.name, "d_in": hook.d_in, "dtype": hook.dtype} for hook in self.hooks],
+            "tables": [{"name": table.name, "dtype": table.dtype} for table in self.tables],
             "provenance": dict(self.provenance),
         }
 
@@ -180,7 +220,8 @@ class StoreSpec:
         check_version(value, where)
         try:
             hooks = tuple(HookSpec(**hook) for hook in value["hooks"])
-            return cls(**{**value, "hooks": hooks})
+            tables = tuple(TableSpec(**table) for table in value["tables"])
+            return cls(**{**value, "hooks": hooks, "tables": tables})
         except (KeyError, TypeError, ValueError) as error:
             raise FormatError(f"{where} is not a store specification of format version 1: {error}") from error
 

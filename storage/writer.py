@@ -27,7 +27,6 @@ from storage.layout import (
     RESERVED,
     SPEC,
     STAGING,
-    TABLE_NAMES,
     TABLES,
     ArrayLayout,
     activations_array,
@@ -37,6 +36,7 @@ from storage.layout import (
 )
 from storage.spec import (
     FORMAT_VERSION,
+    TABLE_NAMES,
     HookSpec,
     StoreSpec,
     canonical_json,
@@ -80,6 +80,7 @@ class ActivationWriter:
         tokens: NDArray[np.integer[Any]],
         document: NDArray[np.integer[Any]],
         position: NDArray[np.integer[Any]],
+        tables: Mapping[str, NDArray[np.integer[Any]]] | None = None,
         sidecars: Mapping[str, bytes] | None = None,
         backend: Backend | None = None,
     ) -> ActivationWriter:
@@ -88,21 +89,21 @@ class ActivationWriter:
         Args:
             tokens, document, position: integers [n_contexts, context_length]; `document` is the row in the caller's own
                 table of documents, `position` counts from 0 in each document piece.
+            tables: the extra tables of the spec by name, integers of the same shape.
             sidecars: files to keep beside the data, by file name; opaque here and not compared when the store exists.
         Raises: ValueError for tables of another shape; SpecMismatchError if the store there is another one;
             AlreadyExistsError if something else is there.
         """
         backend = backend or LocalBackend(path)
-        tables = {
-            name: _checked_table(name, table, spec)
-            for name, table in zip(TABLE_NAMES, (tokens, document, position), strict=True)
-        }
+        every = _checked_tables(
+            {**dict(zip(TABLE_NAMES, (tokens, document, position), strict=True)), **(tables or {})}, spec
+        )
         sidecars = dict(sidecars or {})
         for name in sidecars:
             if not name or "/" in name or name.startswith(".") or name in RESERVED:
                 raise ValueError(f"A sidecar must have a plain file name that the store does not use, got {name!r}.")
-        digests = {name: hashlib.sha256(np.ascontiguousarray(table).data).hexdigest() for name, table in tables.items()}
-        if not backend.create(_store_files(spec, tables, digests, sidecars)):
+        digests = {name: hashlib.sha256(np.ascontiguousarray(table).data).hexdigest() for name, table in every.items()}
+        if not backend.create(_store_files(spec, every, digests, sidecars)):
             _require_same_store(backend, spec, digests)
         return cls.open(path, backend=backend)
 
@@ -260,17 +261,29 @@ def read_spec(backend: Backend) -> StoreSpec:
     return StoreSpec.from_json(parse_json_object(data, backend.location(SPEC)), where=backend.location(SPEC))
 
 
-def _checked_table(name: str, table: NDArray[np.integer[Any]], spec: StoreSpec) -> NDArray[np.int32]:
-    shape = (spec.n_contexts, spec.context_length)
-    if table.shape != shape or table.dtype.kind not in "iu":
-        raise ValueError(f"{name} must hold integers of shape {shape}, got {table.dtype} of shape {table.shape}.")
-    if table.min() < 0 or table.max() > np.iinfo(np.int32).max:
-        raise ValueError(f"{name} must lie in [0, 2^31), got values in [{table.min()}, {table.max()}].")
-    return table.astype(np.int32)
+def _checked_tables(given: Mapping[str, NDArray[np.integer[Any]]], spec: StoreSpec) -> dict[str, NDArray[Any]]:
+    """The tables in their stored types, in the order of the spec.
+
+    Raises: ValueError listing all that does not fit.
+    """
+    dtypes, shape = spec.table_dtypes, (spec.n_contexts, spec.context_length)
+    problems = [f"table {name!r} is not in the spec" for name in given if name not in dtypes]
+    for name, dtype in dtypes.items():
+        table = given.get(name)
+        low, high = (0, 2**31 - 1) if name in TABLE_NAMES else (np.iinfo(dtype).min, np.iinfo(dtype).max)
+        if table is None:
+            problems.append(f"table {name!r} is absent")
+        elif table.shape != shape or table.dtype.kind not in "iu":
+            problems.append(f"{name} must hold integers of shape {shape}, got {table.dtype} of shape {table.shape}")
+        elif table.min() < low or table.max() > high:
+            problems.append(f"{name} must lie in [{low}, {high}], got values in [{table.min()}, {table.max()}]")
+    if problems:
+        raise ValueError("The tables do not fit the specification: " + "; ".join(problems) + ".")
+    return {name: np.ascontiguousarray(given[name], dtype) for name, dtype in dtypes.items()}
 
 
 def _store_files(
-    spec: StoreSpec, tables: Mapping[str, NDArray[np.int32]], digests: Mapping[str, str], sidecars: Mapping[str, bytes]
+    spec: StoreSpec, tables: Mapping[str, NDArray[Any]], digests: Mapping[str, str], sidecars: Mapping[str, bytes]
 ) -> Iterator[tuple[str, Buffer]]:
     """Every file that a store has from the start, with its key."""
     written = {}
@@ -316,7 +329,7 @@ def _require_same_store(backend: Backend, spec: StoreSpec, digests: Mapping[str,
     check_version(stored, backend.location(SPEC))
     require_equal_settings(stored, spec.to_json(), backend.location())
     old = read_tables(backend, spec)["tables"]
-    differing = [name for name in TABLE_NAMES if old.get(name) != digests[name]]
+    differing = [name for name in digests if old.get(name) != digests[name]]
     if differing:
         raise SpecMismatchError(
             f"The store at {backend.location()} has the same settings but other {', '.join(differing)}: the text or "

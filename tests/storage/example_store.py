@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from storage import ActivationWriter, HookSpec, StoreSpec
+from storage import ActivationWriter, HookSpec, StoreSpec, TableSpec
 from storage.backends import Backend
 
 WIDE, NARROW = "model.layers.8", "model.layers.1:input"
@@ -21,6 +21,7 @@ def spec(*, n_contexts: int = 10, context_length: int = 8, contexts_per_shard: i
         contexts_per_shard=contexts_per_shard,
         n_train_contexts=n_contexts - n_contexts // 4,
         hooks=(HookSpec(WIDE, 12), HookSpec(NARROW, 4, "float32")),
+        tables=(TableSpec("flags", "uint8"), TableSpec("source", "int16")),
         provenance={"model": {"id": "tiny", "sha256": "00"}, "seed": seed},
     )
 
@@ -35,6 +36,13 @@ def tables(spec: StoreSpec) -> dict[str, NDArray[np.int64]]:
         "document": 2 * np.arange(spec.n_contexts)[:, None] + (offset >= half),
         "position": np.broadcast_to(np.where(offset < half, offset, offset - half), shape).copy(),
     }
+
+
+def extra_tables(spec: StoreSpec) -> dict[str, NDArray[np.int64]]:
+    """BOS at the start of each document, the last token of every fourth context padding; sources -1, 0, 1, -1, …"""
+    flags = (tables(spec)["position"] == 0).astype(np.int64)
+    flags[3::4, -1] = 2
+    return {"flags": flags, "source": np.arange(spec.n_tokens).reshape(flags.shape) % 3 - 1}
 
 
 def activations(spec: StoreSpec, seed: int = 0) -> dict[str, NDArray[np.uint16] | NDArray[np.float32]]:
@@ -54,7 +62,9 @@ def fill(writer: ActivationWriter, seed: int = 0) -> None:
 
 def create(path: Path, wanted: StoreSpec | None = None, *, backend: Backend | None = None) -> ActivationWriter:
     wanted = wanted or spec()
-    return ActivationWriter.create(path, wanted, **tables(wanted), sidecars=SIDECARS, backend=backend)
+    return ActivationWriter.create(
+        path, wanted, **tables(wanted), tables=extra_tables(wanted), sidecars=SIDECARS, backend=backend
+    )
 
 
 def build(path: Path, wanted: StoreSpec | None = None, *, backend: Backend | None = None, seed: int = 0) -> None:

@@ -12,6 +12,7 @@ import zarr
 from example_store import NARROW, WIDE
 
 from storage import (
+    PADDING,
     ActivationStore,
     ActivationWriter,
     AlreadyExistsError,
@@ -28,6 +29,7 @@ from storage.backends import Buffer, LocalBackend
 
 SPEC = example_store.spec()
 VALUES = example_store.activations(SPEC)
+TABLES = {**example_store.tables(SPEC), "tables": example_store.extra_tables(SPEC)}
 
 
 @pytest.mark.parametrize("check", [True, False])
@@ -70,10 +72,11 @@ def test_sinks_are_first_positions_and_large_norms(tmp_path: Path) -> None:
     mask = store.sink_mask(NARROW, 0, 10)
     median = np.median(np.linalg.norm(values[NARROW], axis=2))
     expected = (np.linalg.norm(values[NARROW], axis=2) > 3 * median) | (store.position == 0)
+    expected |= TABLES["tables"]["flags"] == PADDING
     assert (mask == expected).all()
     assert mask[5, 2]
     assert (store.sink_mask(NARROW, 4, 6) == expected[4:6]).all()
-    assert store.sink_mask(NARROW, 0, 10, multiple=1e9).sum() == (store.position == 0).sum()
+    assert store.sink_mask(NARROW, 0, 10, multiple=1e9).sum() == (store.position == 0).sum() + 2  # two padding tokens
 
 
 def test_statistics_cover_all_shards(built: Path) -> None:
@@ -108,7 +111,7 @@ def test_sidecar_is_kept_as_it_is(built: Path) -> None:
 @pytest.mark.parametrize("name", ["spec.json", "commits", "a/b", ".x", ""])
 def test_sidecar_may_not_take_a_name_of_the_store(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match="A sidecar must have a plain file name"):
-        ActivationWriter.create(tmp_path / "s", SPEC, **example_store.tables(SPEC), sidecars={name: b""})
+        ActivationWriter.create(tmp_path / "s", SPEC, **TABLES, sidecars={name: b""})
 
 
 def test_floats_are_rounded_to_bfloat16(tmp_path: Path) -> None:
@@ -151,7 +154,7 @@ def test_create_refuses_other_tokens_under_the_same_settings(built: Path) -> Non
     tables = example_store.tables(SPEC)
     tables["tokens"][3, 3] += 1
     with pytest.raises(SpecMismatchError, match="same settings but other tokens"):
-        ActivationWriter.create(built, SPEC, **tables)
+        ActivationWriter.create(built, SPEC, **tables, tables=example_store.extra_tables(SPEC))
 
 
 @pytest.mark.parametrize("as_file", [True, False])
@@ -168,11 +171,10 @@ def test_create_refuses_what_is_not_a_store(tmp_path: Path, as_file: bool) -> No
 
 
 def test_create_refuses_tables_of_another_shape_or_type(tmp_path: Path) -> None:
-    tables = example_store.tables(SPEC)
     with pytest.raises(ValueError, match=r"tokens must hold integers of shape \(10, 8\), got int64 of shape \(9, 8\)"):
-        ActivationWriter.create(tmp_path / "s", SPEC, **{**tables, "tokens": tables["tokens"][:9]})
-    with pytest.raises(ValueError, match=r"position must lie in \[0, 2\^31\), got values in \[-1"):
-        ActivationWriter.create(tmp_path / "s", SPEC, **{**tables, "position": tables["position"] - 1})
+        ActivationWriter.create(tmp_path / "s", SPEC, **{**TABLES, "tokens": TABLES["tokens"][:9]})
+    with pytest.raises(ValueError, match=r"position must lie in \[0, 2147483647\], got values in \[-1"):
+        ActivationWriter.create(tmp_path / "s", SPEC, **{**TABLES, "position": TABLES["position"] - 1})
     assert not list(tmp_path.iterdir())
 
 
@@ -259,7 +261,8 @@ SHARD_FILES = [f"hooks/{WIDE}/activations/c/1/0", f"hooks/{WIDE}/norms/c/1"]
 
 def read_everything(path: Path) -> None:
     store = ActivationStore.open(path)
-    store.contexts(0, 10)
+    for table in store.spec.table_dtypes:
+        store.table(table, 0, 10)
     for hook in (WIDE, NARROW):
         store.activations(hook, 0, 10)
         store.norms(hook, 0, 10)

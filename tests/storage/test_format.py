@@ -16,7 +16,7 @@ from storage.spec import FORMAT_VERSION, canonical_json
 TEXT = (Path(storage.__file__).parent / "FORMAT.md").read_text()
 NAMES = {
     "<hook>": r"[A-Za-z0-9_.\-]+(@input)?",
-    "<table>": r"(tokens|document|position)",
+    "<table>": r"(tokens|document|position|flags|source)",
     "<iiiiii>": r"\d{6,}",
     "<i>": r"\d+",
     "<sidecar>": r"(?!spec\.json|tables\.json|seal\.json)[^/]+",
@@ -71,7 +71,10 @@ def test_arrays_have_the_shapes_types_and_codecs_of_the_table(built: Path) -> No
     table_rows = max(1, min(spec.n_contexts, 2**20 // (4 * spec.context_length)))
     shard_rows = spec.contexts_per_shard * spec.context_length
     checked = 0
-    for name, shape, dtype, fill, per_file, codecs in rows("Arrays"):
+    described = rows("Arrays")
+    (extra,) = [row for row in described if row[0] == "<extra>"]
+    tables = [[table.name, extra[1], table.dtype, *extra[3:]] for table in spec.tables]
+    for name, shape, dtype, fill, per_file, codecs in [row for row in described if row is not extra] + tables:
         for hook in spec.hooks if "<hook>" in name else spec.hooks[:1]:
             path = built / "data.zarr" / name.replace("<hook>", storage.zarr_name(hook.name)) / "zarr.json"
             metadata = json.loads(path.read_text())
@@ -80,7 +83,12 @@ def test_arrays_have_the_shapes_types_and_codecs_of_the_table(built: Path) -> No
             expected_shape = [math.prod(sizes[size] for size in axis.split(" * ")) for axis in shape[1:-1].split(", ")]
             assert metadata["shape"] == expected_shape
             assert metadata["data_type"] == (stored if dtype == "stored" else dtype)
-            expected_fill = {"nan": 32704 if stored == "uint16" else "NaN", "NaN": "NaN", "-1": -1}[fill]
+            expected_fill = {
+                "nan": 32704 if stored == "uint16" else "NaN",
+                "NaN": "NaN",
+                "-1": -1,
+                "none": {"uint8": 255, "int16": -1}.get(dtype),
+            }[fill]
             assert metadata["fill_value"] == expected_fill
             expected_rows = {"table": table_rows, "shard": shard_rows}[per_file]
             assert metadata["chunk_grid"]["configuration"]["chunk_shape"][0] == expected_rows
@@ -94,7 +102,7 @@ def test_arrays_have_the_shapes_types_and_codecs_of_the_table(built: Path) -> No
                 written = sharding["configuration"]["codecs"]
             assert [codec["name"] for codec in written] == ["bytes", "crc32c"]
             checked += 1
-    assert checked == 3 + 2 * 2
+    assert checked == 3 + 2 + 2 * 2
 
 
 def test_json_files_have_exactly_the_documented_keys(built: Path) -> None:

@@ -14,7 +14,7 @@ from storage import ActivationStore, LatentStore, LatentWriter, verify
 
 GOLDEN = Path(__file__).parent / "golden"
 VERSIONS = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())
-FINGERPRINTS = {"v1": "59afbdea3a21c99a1f73f55a66f4c9e19e736c0a473535b2bf073bcaba8395f7"}
+FINGERPRINTS = {"v1": "938c90491633e9075cdee4064ddf79e142fff4d3bbd1ac9e7b012265aa63c1c9"}
 
 
 def build_latents(path: Path) -> None:

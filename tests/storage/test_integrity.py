@@ -18,7 +18,7 @@ def files(path: Path) -> list[str]:
 def test_sound_store_has_no_problems(built: Path) -> None:
     assert verify(built) == []
     assert verify(built, fast=True) == []
-    assert len(files(built)) == 11 + 3 + 12 + 1  # metadata, tables, two files per hook and shard, sidecar
+    assert len(files(built)) == 13 + 5 + 12 + 1  # metadata, tables, two files per hook and shard, sidecar
 
 
 def test_every_flipped_bit_is_found(damaged: Path) -> None:
