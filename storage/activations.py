@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.backends import Backend, LocalBackend
+from storage.backends import Backend, backend_for
 from storage.commits import CommitLog
 from storage.errors import CorruptionError, IncompleteError, NotFoundError
 from storage.layout import activations_array, norms_array, table_array
@@ -76,7 +76,7 @@ class ActivationStore:
         Raises: NotFoundError if there is no store; IncompleteError if it is not sealed; FormatError if it is of a newer
             format version.
         """
-        backend = backend or LocalBackend(path)
+        backend = backend or backend_for(path)
         return cls(backend, read_spec(backend), verify=verify, tail=tail)
 
     @property

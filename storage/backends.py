@@ -1,7 +1,7 @@
 """The file operations that a store is built on, and the local file system's way of doing them.
 
 Everything else in this package names files by a key ("commits/000003.json") relative to the root of a store and goes
-through a `Backend`, so that an object store can be added as one more class here.
+through a `Backend`, which `backend_for` chooses; `objects` has the one for object stores.
 """
 
 from __future__ import annotations
@@ -31,6 +31,16 @@ def as_bytes(buffer: Buffer) -> memoryview:
     return memoryview(buffer).cast("B")
 
 
+class ByteSource(Protocol):
+    """A file's bytes: an array, or something that fetches what is asked for."""
+
+    @property
+    def size(self) -> int: ...
+
+    def __getitem__(self, range_: slice, /) -> NDArray[np.uint8]:
+        """Bytes of a contiguous range, read-only."""
+
+
 class Backend(Protocol):
     """Files under the root of one store. Keys are relative, with "/" between their parts."""
 
@@ -38,15 +48,21 @@ class Backend(Protocol):
         """Where the key is, for messages to people."""
 
     def create(self, files: Iterable[tuple[str, Buffer]]) -> bool:
-        """Creates the store with these files, durably and at once: nobody ever sees a part of them.
+        """Creates the store with these files, durably and at once: nobody who looks for the first of them ever sees a
+        part. On an object store that file is put last.
 
-        Returns False if the root is taken."""
+        Returns False if the root is taken. Raises AlreadyExistsError if parts of another store lie in an object store.
+        """
 
     def read(self, key: str) -> bytes:
         """The whole file. Raises NotFoundError."""
 
     def map(self, key: str) -> NDArray[np.uint8]:
         """The whole file as a read-only array, read as it is touched. Raises NotFoundError."""
+
+    def open(self, key: str) -> ByteSource:
+        """A file to read ranges of. An array if reading the same range again gives the same bytes, that is, if it is a
+        map of a local file. Raises NotFoundError."""
 
     def size(self, key: str) -> int | None:
         """Size in bytes, None if there is no such file."""
@@ -61,13 +77,44 @@ class Backend(Protocol):
         """Makes the names directly under the prefix durable."""
 
     def publish(self, source: str, key: str) -> bool:
-        """Gives the file at `source` the name `key` too, durably, if nothing has it: exactly one caller gets True."""
+        """Gives the file at `source` the name `key` too, durably, if nothing has it: exactly one caller gets True, as
+        long as no two publish the same bytes."""
 
     def install(self, source: str, key: str) -> bool:
         """Moves a file, durably. Returns False if there is no file at `source` (somebody else moved it)."""
 
     def remove(self, key: str) -> None:
         """Removes a file, or everything under a prefix; nothing happens if there is neither."""
+
+
+OBJECT_SCHEMES = ("s3", "gs", "memory")
+
+
+def backend_for(path: str | os.PathLike[str]) -> Backend:
+    """The backend of the store at a local path or at a URL (`s3://bucket/prefix`, `gs://bucket/prefix`).
+
+    Raises: ValueError for a URL of another scheme, or one that went through `pathlib` and lost a slash;
+        storage.StorageError if what the scheme needs is not installed.
+    """
+    name = os.fspath(path)
+    scheme, separator, _ = name.partition(":/")
+    if not separator or "/" in scheme:
+        return LocalBackend(path)
+    if not name.startswith(f"{scheme}://"):
+        if scheme not in OBJECT_SCHEMES:
+            return LocalBackend(path)
+        raise ValueError(
+            f"The URL of a store must have two slashes after its scheme, got {name!r}. A pathlib.Path cannot hold a "
+            "URL: pass it as a string."
+        )
+    if scheme not in OBJECT_SCHEMES:
+        raise ValueError(
+            f"A store must stand at a local path or at a URL of one of the schemes {', '.join(OBJECT_SCHEMES)}, got "
+            f"{name!r}."
+        )
+    from storage.objects import ObjectBackend
+
+    return ObjectBackend.from_url(name)
 
 
 class LocalBackend:
@@ -132,6 +179,9 @@ class LocalBackend:
                 return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise NotFoundError(f"There must be a file at {self.location(key)}, but there is none.") from error
+
+    def open(self, key: str) -> ByteSource:
+        return self.map(key)
 
     def size(self, key: str) -> int | None:
         try:

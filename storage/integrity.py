@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from storage.backends import Backend, LocalBackend
+from storage.backends import Backend, ByteSource, backend_for
 from storage.commits import CommitLog
 from storage.errors import IncompleteError, NotFoundError, StorageError
 from storage.latents import META, LatentWriter, latent_commit_log, read_meta
@@ -19,6 +19,9 @@ from storage.writer import ActivationWriter, Path, read_spec, read_tables
 Kind = Literal[
     "missing file", "wrong size", "wrong digest", "wrong metadata", "not committed", "not sealed", "unreadable"
 ]
+
+HASHED_AT_ONCE = 64 * 2**20
+"""Bytes; bounds what is held of a remote file."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ def verify(path: Path, fast: bool = False, *, backend: Backend | None = None) ->
         fast: look at names and sizes only, do not re-read and re-hash the data.
     Raises: NotFoundError if there is no store at all.
     """
-    backend = backend or LocalBackend(path)
+    backend = backend or backend_for(path)
     if _is_latent(backend):
         try:
             return list(_check_commits(backend, latent_commit_log(backend, read_meta(backend)), fast))
@@ -97,7 +100,7 @@ def repair(path: Path, *, backend: Backend | None = None) -> Repair:
 
     Raises: NotFoundError if there is no store at all.
     """
-    backend = backend or LocalBackend(path)
+    backend = backend or backend_for(path)
     try:
         writer: ActivationWriter | LatentWriter
         # Opening installs what is committed but not installed, which `verify` would take for missing.
@@ -150,5 +153,12 @@ def _check_file(
         yield Problem(key, shard, "missing file", f"{n_bytes:,} bytes are gone")
     elif size != n_bytes:
         yield Problem(key, shard, "wrong size", f"{size:,} bytes where {n_bytes:,} were committed")
-    elif not fast and hashlib.sha256(backend.map(key).data).hexdigest() != sha256:
+    elif not fast and _sha256(backend.open(key)) != sha256:
         yield Problem(key, shard, "wrong digest", "the bytes are not those that were committed")
+
+
+def _sha256(source: ByteSource) -> str:
+    digest = hashlib.sha256()
+    for start in range(0, source.size, HASHED_AT_ONCE):
+        digest.update(source[start : min(start + HASHED_AT_ONCE, source.size)].data)
+    return digest.hexdigest()

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.backends import Backend, LocalBackend
+from storage.backends import Backend, backend_for
 from storage.commits import Commit, CommitLog, advice
 from storage.errors import AlreadyExistsError, CorruptionError, NotFoundError
 from storage.layout import COMMITS, KEEP, STAGING
@@ -58,7 +58,7 @@ class LatentWriter:
         Raises: ValueError if one of these is absent; SpecMismatchError if another store is there; AlreadyExistsError if
             something else is.
         """
-        backend = backend or LocalBackend(path)
+        backend = backend or backend_for(path)
         absent = [key for key in REQUIRED if key not in meta]
         if absent:
             raise ValueError(
@@ -79,7 +79,7 @@ class LatentWriter:
     @classmethod
     def open(cls, path: Path, *, backend: Backend | None = None) -> LatentWriter:
         """Opens a store that `create` made, and finishes what killed workers left committed but not installed."""
-        backend = backend or LocalBackend(path)
+        backend = backend or backend_for(path)
         writer = cls(backend, read_meta(backend))
         writer._log.recover()
         return writer
@@ -210,7 +210,7 @@ class LatentStore:
         Raises: NotFoundError if there is no store; IncompleteError if it is not sealed; FormatError if it is of a newer
             format version.
         """
-        backend = backend or LocalBackend(path)
+        backend = backend or backend_for(path)
         return cls(backend, read_meta(backend), verify=verify)
 
     @property

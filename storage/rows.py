@@ -1,4 +1,5 @@
-"""Contiguous reads of one array of a store through memory maps; each chunk's checksum is tested at its first use."""
+"""Contiguous reads of one array of a store: through memory maps where it is local, each chunk's checksum tested at its
+first use; else by fetching the chunks that are touched, each tested whenever it comes."""
 
 from __future__ import annotations
 
@@ -10,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.backends import Backend
+from storage.backends import Backend, ByteSource
 from storage.commits import advice
-from storage.encoding import CHECKSUM_BYTES, crc32c, decode_index
+from storage.encoding import CHECKSUM_BYTES, crc32c, decode_index, index_bytes
 from storage.errors import CorruptionError, NotFoundError
 from storage.layout import ArrayLayout
 
@@ -21,7 +22,7 @@ MAX_OPEN_FILES = 32
 
 @dataclass(frozen=True, eq=False)
 class _MappedFile:
-    data: NDArray[np.uint8]
+    data: ByteSource
     chunks: NDArray[np.uint64]
     """Offset and length of each chunk, [n_chunks, 2]."""
 
@@ -71,11 +72,12 @@ class RowReader:
                 f"chunk {chunk} must have {self.array.chunk_bytes + CHECKSUM_BYTES} bytes inside of the file, "
                 f"but the index says {length} at {offset}",
             )
-        data = mapped.data[offset : offset + self.array.chunk_bytes]
+        stored = mapped.data[offset : offset + length]
+        data = stored[: self.array.chunk_bytes]
         if self._verified is not None and not self._verified[file, chunk]:
-            if crc32c(data) != mapped.data[offset + data.size : offset + length].tobytes():
+            if crc32c(data) != stored[self.array.chunk_bytes :].tobytes():
                 raise self._corrupt(file, f"chunk {chunk} must match its checksum, but it does not")
-            self._verified[file, chunk] = True
+            self._verified[file, chunk] = isinstance(mapped.data, np.ndarray)  # what is fetched again is tested again
         return data.view(self.array.dtype).reshape(self.array.rows_per_chunk, *self.array.shape[1:])
 
     def _file(self, file: int) -> _MappedFile:
@@ -89,7 +91,7 @@ class RowReader:
     def _open(self, file: int) -> _MappedFile:
         array, key = self.array, self.array.file_key(file)
         try:
-            data = self._backend.map(key)
+            data = self._backend.open(key)
         except NotFoundError as error:
             raise self._corrupt(file, "the file must exist, but it is missing") from error
         if data.size != array.file_bytes(file):
@@ -97,7 +99,8 @@ class RowReader:
         if not array.sharded:
             return _MappedFile(data, np.array([[0, data.size]], np.uint64))
         try:
-            return _MappedFile(data, decode_index(data, array.slots_per_file))
+            index = data[data.size - index_bytes(array.slots_per_file) : data.size]
+            return _MappedFile(data, decode_index(index, array.slots_per_file))
         except ValueError as error:
             raise self._corrupt(file, str(error)) from error
 

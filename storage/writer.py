@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.backends import Backend, Buffer, LocalBackend
+from storage.backends import Backend, Buffer, backend_for
 from storage.commits import Attempt, Commit, CommitLog
 from storage.encoding import crc32c, encode_index, fill_value, to_bfloat16_bits
 from storage.errors import AlreadyExistsError, CorruptionError, NotFoundError, SpecMismatchError
@@ -94,7 +94,7 @@ class ActivationWriter:
         Raises: ValueError for tables of another shape; SpecMismatchError if the store there is another one;
             AlreadyExistsError if something else is there.
         """
-        backend = backend or LocalBackend(path)
+        backend = backend or backend_for(path)
         every = _checked_tables(
             {**dict(zip(TABLE_NAMES, (tokens, document, position), strict=True)), **(tables or {})}, spec
         )
@@ -113,7 +113,7 @@ class ActivationWriter:
 
         Raises: NotFoundError if there is none; FormatError if it is of a newer format version.
         """
-        backend = backend or LocalBackend(path)
+        backend = backend or backend_for(path)
         writer = cls(backend, read_spec(backend))
         writer._log.recover()
         return writer

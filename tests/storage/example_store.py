@@ -60,14 +60,14 @@ def fill(writer: ActivationWriter, seed: int = 0) -> None:
         writer.write_shard(shard, {hook: array[start:stop] for hook, array in values.items()})
 
 
-def create(path: Path, wanted: StoreSpec | None = None, *, backend: Backend | None = None) -> ActivationWriter:
+def create(path: Path | str, wanted: StoreSpec | None = None, *, backend: Backend | None = None) -> ActivationWriter:
     wanted = wanted or spec()
     return ActivationWriter.create(
         path, wanted, **tables(wanted), tables=extra_tables(wanted), sidecars=SIDECARS, backend=backend
     )
 
 
-def build(path: Path, wanted: StoreSpec | None = None, *, backend: Backend | None = None, seed: int = 0) -> None:
+def build(path: Path | str, wanted: StoreSpec | None = None, *, backend: Backend | None = None, seed: int = 0) -> None:
     """Creates, fills and seals; goes on where a killed process stopped."""
     writer = create(path, wanted, backend=backend)
     fill(writer, seed)
