@@ -10,6 +10,7 @@ import errno
 import mmap
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
@@ -185,9 +186,10 @@ class LocalBackend:
 
     def size(self, key: str) -> int | None:
         try:
-            return (self.root / key).stat().st_size
+            found = (self.root / key).stat()
         except (FileNotFoundError, NotADirectoryError):
             return None
+        return found.st_size if stat.S_ISREG(found.st_mode) else None
 
     def list(self, prefix: str) -> list[str]:
         try:

@@ -15,11 +15,12 @@ reads what stands there, and has won if it is what they sent.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import random
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -42,7 +43,8 @@ PART_BYTES = 16 * 2**20
 N_PARALLEL = 4
 """Requests under way at once for one file; an upload holds that many parts in memory."""
 MARKER = ".creating"
-"""Stands while a store is being created, so that its files are not taken for somebody else's."""
+"""Stands while a store is being created and holds the digest of its first file, so that creators of one store finish
+each other's work and those of another stop."""
 
 _memory: dict[str, MemoryStore] = {}
 
@@ -126,32 +128,41 @@ class ObjectBackend:
 
     def create(self, files: Iterable[tuple[str, Buffer]]) -> bool:
         remaining = iter(files)
-        name, content = next(remaining)
-        if self.size(name) is not None:
-            return False
-        if self.size(MARKER) is None:
-            if self.list(""):
-                return False
-            self._put(MARKER, b"")
+        name, first = next(remaining)
+        content = bytes(as_bytes(first))
+        names = self.list("")
+        if names and MARKER not in names:
+            return False  # a finished store, or something else
+        if MARKER not in names or self.size(name) is None:
+            if not self._put_new(MARKER, hashlib.sha256(content).hexdigest().encode()):
+                raise self._other_creation(MARKER)
+            if self.size(name) is None:  # nobody has finished since the names were listed
+                self._create_files(remaining)
+                created = self._put_new(name, content)
+                self.remove(MARKER)
+                return created
+        self.remove(MARKER)
+        return False
+
+    def _create_files(self, files: Iterator[tuple[str, Buffer]]) -> None:
+        def put(key: str, data: bytes) -> None:
+            if not self._put_new(key, data):
+                raise self._other_creation(key)
+
         with ThreadPoolExecutor(N_PARALLEL) as pool:
-            pending: list[Future[None]] = []
-            for key, buffer in remaining:
-                pending.append(pool.submit(self._create_file, key, bytes(as_bytes(buffer))))
+            pending: deque[Future[None]] = deque()
+            for key, buffer in files:
+                pending.append(pool.submit(put, key, bytes(as_bytes(buffer))))
                 if len(pending) >= 2 * N_PARALLEL:
-                    pending.pop(0).result()
+                    pending.popleft().result()
             for future in pending:
                 future.result()
-        created = self._put_new(name, bytes(as_bytes(content)))
-        self.remove(MARKER)
-        return created
 
-    def _create_file(self, key: str, data: bytes) -> None:
-        if not self._put_new(key, data):
-            raise AlreadyExistsError(
-                f"{self.location(key)} is left from the creation of a store with other contents that was not "
-                f"finished. If nobody is creating a store there, remove everything under {self.location()}; or choose "
-                "another path."
-            )
+    def _other_creation(self, key: str) -> AlreadyExistsError:
+        return AlreadyExistsError(
+            f"{self.location(key)} is left from the creation of a store with other contents that was not finished. If "
+            f"nobody is creating a store there, remove everything under {self.location()}; or choose another path."
+        )
 
     def read(self, key: str) -> bytes:
         data = self._call(key, lambda obstore: obstore.get(self._store, key).bytes().to_bytes())
@@ -264,9 +275,6 @@ class ObjectBackend:
             if len(keys) > 1:
                 for key in keys:
                     self._delete([key])
-
-    def _put(self, key: str, data: bytes) -> None:
-        self._call(key, lambda obstore: obstore.put(self._store, key, data, use_multipart=False))
 
     def _put_new(self, key: str, data: bytes) -> bool:
         """Creates an object unless another one has the name; True if what stands there is what was given."""

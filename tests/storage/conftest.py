@@ -1,8 +1,11 @@
 import shutil
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import example_store
 import pytest
+from s3_server import S3Server, environment
 
 
 @pytest.fixture(scope="session")
@@ -17,3 +20,19 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def damaged(built: Path, tmp_path: Path) -> Path:
     """A copy of it to damage."""
     return Path(shutil.copytree(built, tmp_path / "activations"))
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3Server]:
+    """An S3 server with an empty bucket."""
+    server = S3Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def s3_url(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    """URL of a place on that server where nothing is, which this process and those that it starts can use."""
+    for name, value in environment(s3.endpoint).items():
+        monkeypatch.setenv(name, value)
+    return f"s3://{s3.bucket}/{uuid.uuid4()}/root"

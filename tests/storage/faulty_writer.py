@@ -1,6 +1,10 @@
-"""Builds the example store in a process of its own that kills itself with SIGKILL at the n-th file operation.
+"""Builds the example store in a process of its own that kills itself with SIGKILL at the n-th place to die.
 
 python faulty_writer.py STORE KILL_AT [SEED]        KILL_AT 0: live, and print the number of places to die at
+python faulty_writer.py --serve                     the same for each line "STORE KILL_AT SEED" of the input, in a fork
+
+Places are before and after everything that changes a local disk, also inside of each file, and before and after
+every request to an object store.
 """
 
 from __future__ import annotations
@@ -9,14 +13,16 @@ import itertools
 import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import example_store
 
-from storage.backends import Buffer, LocalBackend
+from storage.backends import Backend, Buffer, LocalBackend, backend_for
+from storage.objects import ObjectBackend
 
-KILL_AT = int(sys.argv[2])
+kill_at = 0
 _places = itertools.count(1)
 _passed = 0
 
@@ -24,12 +30,12 @@ _passed = 0
 def place_to_die() -> None:
     global _passed
     _passed = next(_places)
-    if _passed == KILL_AT:
+    if _passed == kill_at:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 class FaultyBackend(LocalBackend):
-    """Places to die before and after everything that changes the disk, and inside of each file."""
+    """Dies between any two changes of the disk."""
 
     def write(self, key: str, buffers: Iterable[Buffer]) -> None:
         def torn() -> Iterator[Buffer]:
@@ -69,7 +75,40 @@ class FaultyBackend(LocalBackend):
         place_to_die()
 
 
+class FaultyObjectBackend(ObjectBackend):
+    """Dies between any two requests."""
+
+    def _call(self, key: str, request: Callable[[Any], Any], *, repeat: bool = True) -> Any:
+        place_to_die()
+        answer = super()._call(key, request, repeat=repeat)
+        place_to_die()
+        return answer
+
+
+def faulty(url: str) -> Backend:
+    return FaultyObjectBackend.from_url(url) if isinstance(backend_for(url), ObjectBackend) else FaultyBackend(url)
+
+
+def build(url: str, kill: int, seed: int) -> None:
+    global kill_at
+    kill_at = kill
+    example_store.build(Path(url) if "://" not in url else url, backend=faulty(url), seed=seed)
+    print(_passed, flush=True)
+
+
+def serve() -> None:
+    """For each line of input a child of this process: importing everything anew would take most of the time."""
+    for line in sys.stdin:
+        url, kill, seed = line.split()
+        child = os.fork()
+        if child == 0:
+            build(url, int(kill), int(seed))
+            os._exit(0)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
 if __name__ == "__main__":
-    path = Path(sys.argv[1])
-    example_store.build(path, backend=FaultyBackend(path), seed=int(sys.argv[3]) if len(sys.argv) > 3 else 0)
-    print(_passed)
+    if sys.argv[1:] == ["--serve"]:
+        serve()
+    else:
+        build(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else 0)
