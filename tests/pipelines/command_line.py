@@ -50,7 +50,7 @@ class FinishedRun:
         return FinishedRun(self.config, out, self.output)
 
 
-def sae(*arguments: object, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+def sae(*arguments: object, timeout: float = 400) -> subprocess.CompletedProcess[str]:
     """Run the command to its end."""
     return subprocess.run(
         [*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=timeout, check=False
@@ -158,7 +158,7 @@ class Driver:
             )
         self._log = log
 
-    def wait_until(self, condition: Callable[[], bool], timeout: float = 90) -> None:
+    def wait_until(self, condition: Callable[[], bool], timeout: float = 300) -> None:
         """Return as soon as `condition` holds; it must do so before the command ends."""
         deadline = time.monotonic() + timeout
         while not condition():
@@ -198,7 +198,7 @@ class Driver:
         assert not psutil.wait_procs(others, timeout=20)[1]
         return agents
 
-    def finish(self, timeout: float = 200) -> str:
+    def finish(self, timeout: float = 400) -> str:
         """Wait for the end, which must be a good one; returns what it printed."""
         code = self.process.wait(timeout)
         output = self._log.read_text()
