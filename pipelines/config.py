@@ -147,9 +147,9 @@ class TrainConfig(Section):
     """Share of the steps, at the end, with a linear decay to zero."""
     auxk_alpha: float = Field(1 / 32, ge=0)
     """Weight of the auxiliary loss that revives dead latents (Gao et al. 2024, section 2.4)."""
-    normalize: Literal["none", "scale"] = "scale"
-    """`scale` multiplies inputs so that their mean squared distance from the mean is d_in; folded into the weights
-    at the end."""
+    normalize: Literal["none", "scale", "centre", "centre_scale"] = "scale"
+    """`scale` multiplies inputs so that their mean squared distance from the mean is d_in, `centre` takes each
+    dimension's mean away; folded into the weights at the end."""
     num_workers: int = Field(1, gt=0)
     """Ray Train workers (data-parallel)."""
     cpus_per_worker: float | None = Field(None, gt=0)

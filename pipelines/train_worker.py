@@ -17,8 +17,9 @@ from pipelines.config import SAESpec, SinkConfig, TrainConfig
 from pipelines.dictionaries import saelens_metadata
 from pipelines.rundir import now, write_text
 from sae import BatchTopKConfig, Dictionary, StepMetrics, TopKConfig, Trainer, TrainerConfig, build
-from sae.batchtopk import BatchTopKSAE
 from sae.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from sae.normalise import fit_normaliser
+from sae.threshold import ThresholdSAE
 from storage import ActivationStore, ShuffledReader
 
 CALIBRATION_TOKENS = 2**17
@@ -63,7 +64,7 @@ def train_worker(
         ),
         n_steps,
         device=device,
-        input_scale=_input_scale(sample) if train.normalize == "scale" else 1.0,
+        normalisers=[fit_normaliser(sample, train.normalize)],
     )
     checkpoints = Path(job.checkpoints)
     found = latest_checkpoint(checkpoints)
@@ -102,7 +103,7 @@ def train_worker(
 def _finish(trainer: Trainer, store: ActivationStore, job: TrainJob) -> None:
     """Calibrate the inference threshold and write the trained dictionary."""
     sae = trainer.export()
-    if isinstance(sae, BatchTopKSAE):
+    if isinstance(sae, ThresholdSAE):
         sae.calibrate_threshold(_calibration(store, job, CALIBRATION_TOKENS))
     Dictionary(sae, hook_name=job.hook, metadata=saelens_metadata(job.provenance)).save(
         job.output, provenance=job.provenance, overwrite=True
@@ -134,12 +135,6 @@ def _calibration(store: ActivationStore, job: TrainJob, n_tokens: int) -> Iterat
 def _sample(store: ActivationStore, job: TrainJob, n_tokens: int) -> Tensor:
     """The same rows on every rank."""
     return torch.cat(list(_calibration(store, job, n_tokens)))
-
-
-def _input_scale(sample: Tensor) -> float:
-    """Factor that makes the mean squared distance from the mean equal to the width."""
-    centred = sample.double() - sample.double().mean(0)
-    return float((sample.shape[1] / centred.square().sum(1).mean()).sqrt())
 
 
 class _Metrics:

@@ -1,22 +1,26 @@
 """SAE: what every architecture shares. Parameters, the encoder's affine map, the decoder, and the two output types.
 
-An architecture adds one rule, `activate`: which pre-activations become latent activations at inference.
+An architecture adds two rules: `activate`, which pre-activations become latent activations at inference, and
+`objective`, what training minimises. Further tensors need their part of `scale_latents`, so that `fold` stays exact.
 """
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sae.config import SAEConfig
+from sae.normalise import Normaliser
+from sae.objective import StepContext, StepLosses
 
 
 class SAEOutput(NamedTuple):
     """What `SAE.forward` returns."""
 
-    x_hat: Float[Tensor, "*batch d_in"]
+    x_hat: Float[Tensor, "*batch d_out"]
     latent_acts: Float[Tensor, "*batch d_sae"]
 
 
@@ -40,6 +44,15 @@ class SAE(nn.Module, ABC):
 
     config: SAEConfig
 
+    subtracts_b_dec: ClassVar[bool] = True
+    """Whether the encoder reads x − b_dec (else x)."""
+    unit_norm_decoder: bool = True
+    """Whether training keeps the decoder rows at norm 1."""
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's decay rates where `TrainerConfig.betas` leaves them to the architecture."""
+    float32_tensors: ClassVar[tuple[str, ...]] = ()
+    """Tensors that stay float32 when the rest is cast: rounding a threshold would switch latents on and off."""
+
     def __init__(self, config: SAEConfig) -> None:
         super().__init__()
         self.config = config
@@ -47,11 +60,16 @@ class SAE(nn.Module, ABC):
         # directions are both contiguous, so the gradients of the sparse path land in the layout of the parameter.
         self.W_enc = nn.Parameter(torch.zeros(config.d_sae, config.d_in).t())
         self.b_enc = nn.Parameter(torch.zeros(config.d_sae))
-        self.W_dec = nn.Parameter(torch.zeros(config.d_sae, config.d_in))
-        self.b_dec = nn.Parameter(torch.zeros(config.d_in))
+        self.W_dec = nn.Parameter(torch.zeros(config.d_sae, self.d_out))
+        self.b_dec = nn.Parameter(torch.zeros(self.d_out))
 
     @property
     def d_in(self) -> int:
+        return self.config.d_in
+
+    @property
+    def d_out(self) -> int:
+        """Width of what is reconstructed."""
         return self.config.d_in
 
     @property
@@ -62,21 +80,30 @@ class SAE(nn.Module, ABC):
     def activate(self, pre_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
         """Latent activations from pre-activations by the inference rule; never negative."""
 
-    def _centred(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
+    @abstractmethod
+    def objective(
+        self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"], context: StepContext
+    ) -> StepLosses:
+        """What a training step minimises, on this process's share of a normalised batch."""
+
+    # ---- inference ------------------------------------------------------------------------------------------------
+
+    def _encoder_input(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
         if x.shape[-1] != self.d_in:
             raise ValueError(
                 f"The last dimension of `x` must be d_in={self.d_in}, got shape {tuple(x.shape)}. "
                 "Pass activations from the hook that this SAE was trained on."
             )
-        return x.to(self.W_enc.dtype) - self.b_dec
+        x = x.to(self.W_enc.dtype)
+        return x - self.b_dec if self.subtracts_b_dec else x
 
     def pre_acts(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         """Encoder output before the activation rule.
 
         Raises: ValueError if the last dimension of `x` is not `d_in`.
         """
-        x_centred = self._centred(x)
-        return torch.addmm(self.b_enc, x_centred.reshape(-1, self.d_in), self.W_enc).reshape(*x.shape[:-1], self.d_sae)
+        x_read = self._encoder_input(x)
+        return torch.addmm(self.b_enc, x_read.reshape(-1, self.d_in), self.W_enc).reshape(*x.shape[:-1], self.d_sae)
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         """Latent activations of `x`, dense, by the inference rule; zero where a latent is off, never negative."""
@@ -88,11 +115,77 @@ class SAE(nn.Module, ABC):
         row, latent = latent_acts.nonzero(as_tuple=True)
         return SparseLatents(row, latent, latent_acts[row, latent])
 
-    def decode(self, latent_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_in"]:
+    def decode(self, latent_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_out"]:
         """Reconstruction from latent activations."""
         return latent_acts.to(self.W_dec.dtype) @ self.W_dec + self.b_dec
+
+    def bypass(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"] | float:
+        """What of the output goes past the latents; 0 but for a skip connection."""
+        return 0.0
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> SAEOutput:
         """Reconstruction and latent activations of `x`."""
         latent_acts = self.encode(x)
-        return SAEOutput(self.decode(latent_acts), latent_acts)
+        return SAEOutput(self.decode(latent_acts) + self.bypass(x), latent_acts)
+
+    # ---- training -------------------------------------------------------------------------------------------------
+
+    @property
+    def batch_widths(self) -> tuple[int, ...]:
+        """Widths of the tensors that a training batch holds: one, but for transcoders and crosscoders."""
+        return (self.d_in,)
+
+    def input_and_target(
+        self, batch: Sequence[Float[Tensor, "batch _"]]
+    ) -> tuple[Float[Tensor, "batch d_in"], Float[Tensor, "batch d_out"]]:
+        """What the encoder reads and what is reconstructed, from the tensors of a batch."""
+        return batch[0], batch[0]
+
+    @torch.no_grad()
+    def start_at(self, x_centre: Float[Tensor, " d_in"], target_centre: Float[Tensor, " d_out"]) -> None:
+        """Set the biases before the first step, so that the latents need not learn the centre of the data."""
+        self.b_dec.copy_(target_centre)
+
+    def after_update(self) -> None:
+        """Bring the parameters back to where they must lie, after each step of the optimizer."""
+
+    # ---- folding --------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def scale_latents(self, factor: float) -> None:
+        """Multiply every latent activation by `factor` (positive) without changing the reconstruction, in place.
+
+        Exact for every rule that compares pre-activations with each other or with a threshold that is scaled too.
+        """
+        self.W_enc.mul_(factor)
+        self.b_enc.mul_(factor)
+        self.W_dec.div_(factor)
+
+    @torch.no_grad()
+    def fold(self, normalisers: Sequence[Normaliser]) -> None:
+        """Turn the SAE of normalised activations into the same function of raw ones, in place.
+
+        With s(x − m) as input and the reconstruction mapped back:
+
+            latent_acts / s = activate(((x − m − b_dec / s) @ W_enc + b_enc / s)
+
+        so `b_dec` becomes m + b_dec / s, `b_enc` and thresholds are divided by s, and the decoder keeps its row norms.
+
+        Args:
+            normalisers: one for each tensor of a training batch.
+        """
+        (normaliser,) = normalisers
+        scale = float(normaliser.scale)
+        self.b_dec.copy_(self.b_dec / scale + normaliser.shift)
+        self.W_enc.mul_(scale)
+        self.W_dec.div_(scale)
+        self.scale_latents(1 / scale)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SAE":
+        """`nn.Module.to` and its kin, with `float32_tensors` kept in float32."""
+        exact: dict[str, Any] = {name: getattr(self, name).detach().clone() for name in self.float32_tensors}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, value in exact.items():
+            tensor = getattr(self, name)
+            tensor.data = value.to(tensor.device)
+        return self

@@ -21,6 +21,27 @@ def _require_count(owner: object, *names: str) -> None:
             )
 
 
+def _require_not_negative(owner: object, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        if value is not None and not value >= 0:
+            raise ValueError(f"{type(owner).__name__}.{name} must not be negative, got {value!r}. Correct `{name}`.")
+
+
+def _require_share(owner: object, name: str) -> None:
+    value = getattr(owner, name)
+    if value is not None and not 0 <= value <= 1:
+        raise ValueError(f"{type(owner).__name__}.{name} must lie between 0 and 1, got {value!r}. Correct `{name}`.")
+
+
+def _require_choice(owner: object, name: str, *choices: str) -> None:
+    value = getattr(owner, name)
+    if value not in choices:
+        raise ValueError(
+            f"{type(owner).__name__}.{name} must be one of {', '.join(choices)}, got {value!r}. Correct `{name}`."
+        )
+
+
 def _require_k(owner: "TopKConfig | BatchTopKConfig") -> None:
     _require_count(owner, "d_in", "d_sae", "k")
     if owner.k > owner.d_sae:
@@ -78,10 +99,57 @@ class JumpReLUConfig:
     d_sae: int
     """Number of latents."""
 
+    penalty: Literal["l0", "tanh"] = "l0"
+    """What training counts: active latents, or tanh of their activations (Circuits Updates, January 2025)."""
+
+    sparsity_coefficient: float = 1e-3
+    """Weight of the penalty: the FVU that one more active latent a token may cost. The papers sweep it."""
+
+    sparsity_warmup_fraction: float | None = None
+    """Share of the run in which the weight rises from 0; None takes the source's: 5 % for l0, all of it for tanh."""
+
+    bandwidth: float | None = None
+    """ε, width of the straight-through window; None takes the source's: 0.001 √d_in for l0, 2 for tanh."""
+
+    initial_threshold: float | None = None
+    """θ before the first step; None takes the source's: 0.001 √d_in for l0, 0.1 for tanh."""
+
+    tanh_scale: float = 4.0
+    """c of the tanh penalty."""
+
+    pre_act_coefficient: float = 3e-6
+    """λ_P: with the tanh penalty, pulls pre-activations below the threshold up, so that latents do not die."""
+
     architecture: Literal["jumprelu"] = "jumprelu"
 
     def __post_init__(self) -> None:
         _require_count(self, "d_in", "d_sae")
+        _require_not_negative(self, "sparsity_coefficient", "pre_act_coefficient", "initial_threshold")
+        _require_share(self, "sparsity_warmup_fraction")
+        _require_choice(self, "penalty", "l0", "tanh")
+        if self.bandwidth is not None and not self.bandwidth > 0:
+            raise ValueError(f"JumpReLUConfig.bandwidth must be positive, got {self.bandwidth!r}. Correct it.")
+
+    @property
+    def window(self) -> float:
+        """The bandwidth in use. The first source's is for inputs of mean squared norm 1, ours have d_in."""
+        if self.bandwidth is not None:
+            return self.bandwidth
+        return float(0.001 * self.d_in**0.5) if self.penalty == "l0" else 2.0
+
+    @property
+    def threshold_at_start(self) -> float:
+        """The initial threshold in use."""
+        if self.initial_threshold is not None:
+            return self.initial_threshold
+        return float(0.001 * self.d_in**0.5) if self.penalty == "l0" else 0.1
+
+    @property
+    def warmup(self) -> float:
+        """The warm-up in use."""
+        if self.sparsity_warmup_fraction is not None:
+            return self.sparsity_warmup_fraction
+        return 0.05 if self.penalty == "l0" else 1.0
 
 
 SAEConfig = TopKConfig | BatchTopKConfig | JumpReLUConfig
@@ -111,12 +179,13 @@ def config_from_dict(values: Mapping[str, Any]) -> SAEConfig:
         raise ValueError(f"`architecture` must name a known architecture, got {architecture!r}.{hint}")
     cls = _BY_ARCHITECTURE[architecture]
     known = [field.name for field in dataclasses.fields(cls)]
+    required = [field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING]
     for key in values:
         if key not in known:
             raise ValueError(f"A {architecture} configuration has no key `{key}`.{nearest(key, known)}")
-    missing = [name for name in known if name not in values]
+    missing = [name for name in required if name not in values]
     if missing:
         raise ValueError(
-            f"A {architecture} configuration needs {', '.join(known)}; missing: {', '.join(missing)}. Add them."
+            f"A {architecture} configuration needs {', '.join(required)}; missing: {', '.join(missing)}. Add them."
         )
     return cls(**values)

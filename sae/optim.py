@@ -1,8 +1,69 @@
-"""Learning-rate schedule and the unit norm of the decoder's rows."""
+"""The optimizer's step, the learning-rate schedule and the unit norm of the decoder's rows."""
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from sae.base import SAE
+from sae.parallel import Group
+
+
+class Optimizer:
+    """The one place where weights change: gradients summed over processes, projected, clipped; Adam; unit norm again.
+
+    Args:
+        betas: Adam's decay rates; None takes the architecture's own.
+        grad_clip: largest norm of the whole gradient; None turns clipping off.
+    """
+
+    def __init__(
+        self, sae: SAE, group: Group, lr: float, betas: tuple[float, float] | None, grad_clip: float | None
+    ) -> None:
+        self.sae = sae
+        self.group = group
+        self.grad_clip = grad_clip
+        self.adam = torch.optim.Adam(sae.parameters(), lr=lr, betas=betas or sae.adam_betas, fused=True)
+
+    def update(self, loss: Float[Tensor, ""], lr: float) -> None:
+        """One step of Adam on the gradient of `loss`."""
+        parameters = list(self.sae.parameters())
+        self.adam.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.group.sum_gradients(parameters)
+        W_dec = self.sae.W_dec
+        assert W_dec.grad is not None
+        if self.sae.unit_norm_decoder:
+            project_gradient(W_dec.data, W_dec.grad)
+        if self.grad_clip is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, self.grad_clip)
+        for param_group in self.adam.param_groups:
+            param_group["lr"] = lr
+        self.adam.step()
+        if self.sae.unit_norm_decoder:
+            normalise_rows(W_dec.data)
+        self.sae.after_update()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The moments, flat: `adam.PARAMETER.KEY`. Tensors are not copies."""
+        return {
+            f"adam.{name}.{key}": value
+            for name, parameter in self.sae.named_parameters()
+            for key, value in self.adam.state[parameter].items()
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take the moments from `state`; other keys are ignored."""
+        for name, parameter in self.sae.named_parameters():
+            prefix = f"adam.{name}."
+            saved = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+            self.adam.state[parameter] = {
+                key: torch.empty_like(parameter).copy_(value) if key != "step" else value.clone()
+                for key, value in saved.items()
+            }
 
 
 def schedule(step: int, n_steps: int, warmup_fraction: float, decay_fraction: float) -> float:

@@ -6,6 +6,8 @@ from torch import Tensor
 
 from sae.base import SAE, SparseLatents
 from sae.config import TopKConfig
+from sae.objective import StepContext, StepLosses
+from sae.sparse_objective import select_topk, sparse_losses, training_encoder
 
 
 class TopKSAE(SAE):
@@ -14,6 +16,7 @@ class TopKSAE(SAE):
         pre_acts    = (x - b_dec) @ W_enc + b_enc
         latent_acts = relu(topk(pre_acts, k))
         x_hat       = latent_acts @ W_dec + b_dec
+        loss        = ‖x − x_hat‖² / variance + auxk_alpha * AuxK
 
     Reference: Gao et al. 2024, arXiv:2406.04093, section 2.3. Differs: none.
     """
@@ -35,3 +38,10 @@ class TopKSAE(SAE):
         values = values.gather(-1, order)
         row, slot = (values > 0).nonzero(as_tuple=True)
         return SparseLatents(row, latents[row, slot], values[row, slot])
+
+    def objective(
+        self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"], context: StepContext
+    ) -> StepLosses:
+        """Reconstruction from each token's k latents, and AuxK."""
+        encoder = training_encoder(self, x)
+        return sparse_losses(self, x, target, encoder, select_topk(encoder, self.config.k), context)

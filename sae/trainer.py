@@ -4,11 +4,13 @@
     trainer.fit(batches)
     sae = trainer.export()
 
-One step, read from top to bottom: `fit` → `_step` → `_losses`. The same code trains on one process and on several
-(`sae.parallel`); several processes with a share of each batch take the step that one process takes with all of it.
+One step, read from top to bottom: `fit` → `_step` → the architecture's `objective` → `Optimizer.update`. The same code
+trains every architecture, on one process and on several (`sae.parallel`); several processes with a share of each batch
+take the step that one process takes with all of it.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -17,13 +19,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae.architectures import empty
-from sae.base import SAE, SparseLatents
-from sae.batchtopk import BatchTopKSAE
-from sae.kernels import cpu as kernels
-from sae.losses import auxk_loss, reconstruction_loss
-from sae.optim import normalise_rows, project_gradient, schedule
+from sae.base import SAE
+from sae.normalise import Normaliser
+from sae.objective import StepContext, StepLosses
+from sae.optim import Optimizer, schedule
 from sae.parallel import Group
-from sae.topk import TopKSAE
+from sae.threshold import ThresholdSAE
+
+Batch = Float[Tensor, "_ _"] | Sequence[Float[Tensor, "_ _"]]
+"""One tensor (tokens, d_in), or one for each of `SAE.batch_widths`, rows of the same tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +37,8 @@ class TrainerConfig:
     lr: float = 1e-3
     """Peak learning rate of Adam."""
 
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Adam's decay rates of the first and second moments."""
+    betas: tuple[float, float] | None = None
+    """Adam's decay rates of the first and second moments; None takes the architecture's."""
 
     warmup_fraction: float = 0.05
     """Share of the steps in which the learning rate rises linearly to its peak."""
@@ -43,7 +47,7 @@ class TrainerConfig:
     """Share of the steps, at the end, in which it falls linearly towards zero."""
 
     auxk_alpha: float = 1 / 32
-    """Weight of the loss that revives dead latents; 0 turns it off."""
+    """Weight of the loss that revives dead latents, in the architectures that select k of them; 0 turns it off."""
 
     k_aux: int | None = None
     """Dead latents used per token in that loss; None means d_in // 2."""
@@ -55,7 +59,7 @@ class TrainerConfig:
     """Largest norm of the whole gradient; None turns clipping off."""
 
     autocast_bf16: bool = False
-    """BatchTopK only: find the candidates of the selection in bfloat16. Their values and all gradients stay float32."""
+    """Find the candidates of a selection over the batch in bfloat16. Their values and all gradients stay float32."""
 
     def __post_init__(self) -> None:
         wrong = []
@@ -93,22 +97,15 @@ class StopTraining(Exception):
     """Raised by an `on_step` callback to end `fit` cleanly after the current step."""
 
 
-class _Losses(NamedTuple):
-    total: Float[Tensor, ""]
-    reconstruction: Float[Tensor, ""]
-    latents: SparseLatents
-    smallest_kept: float
-
-
 class Trainer:
-    """Trains a TopK or BatchTopK SAE with Adam, unit-norm decoder rows and AuxK.
+    """Trains an SAE of any architecture with Adam.
 
     Args:
-        sae: trained in place, in the units of the scaled activations; `export` returns the one to use.
+        sae: trained in place, in the units of the normalised activations; `export` returns the one to use.
         n_steps: length of the whole run, which the schedule needs.
         device: where the SAE and the batches are moved.
-        input_scale: activations are multiplied by it during training; `export` folds it away. Adam moves every
-            parameter by about `lr` per step, so this sets how fast the biases move relative to the data.
+        normalisers: one for each tensor of a batch, by default the identity; `export` folds them away. Adam moves every
+            parameter by about `lr` per step, so a scale sets how fast the biases move relative to the data.
     """
 
     def __init__(
@@ -118,25 +115,20 @@ class Trainer:
         n_steps: int,
         *,
         device: torch.device | str = "cpu",
-        input_scale: float = 1.0,
+        normalisers: Sequence[Normaliser] | None = None,
     ) -> None:
-        if not isinstance(sae, TopKSAE | BatchTopKSAE):
-            raise ValueError(
-                f"Trainer trains topk and batchtopk, got {sae.config.architecture}. "
-                "Build the SAE from one of those configurations."
-            )
         if n_steps < 1:
             raise ValueError(f"`n_steps` must be at least 1, got {n_steps}. Give the length of the whole run.")
-        if not input_scale > 0:
-            raise ValueError(f"`input_scale` must be positive, got {input_scale}. Use 1.0 for no scaling.")
-        self.sae: TopKSAE | BatchTopKSAE = sae.to(device)
+        self.device = torch.device(device)
+        normalisers = [Normaliser.none(width) for width in sae.batch_widths] if normalisers is None else normalisers
+        _check_normalisers(sae, normalisers)
+        self.sae = sae.to(device)
         self.config = config
         self.n_steps = n_steps
-        self.device = torch.device(device)
-        self.input_scale = input_scale
+        self.normalisers = tuple(normaliser.to(self.device) for normaliser in normalisers)
         self.group = Group()
         self.group.broadcast(list(self.sae.state_dict().values()))
-        self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=config.lr, betas=config.betas, fused=True)
+        self.optimizer = Optimizer(self.sae, self.group, config.lr, config.betas, config.grad_clip)
         self.step = 0
         self.n_tokens = 0
         self.tokens_since_fired = torch.zeros(sae.d_sae, dtype=torch.int64, device=self.device)
@@ -145,23 +137,19 @@ class Trainer:
 
     # ---- the loop -------------------------------------------------------------------------------------------------
 
-    def initialise(
-        self, batch: Float[Tensor, "batch width"], centre: Literal["mean", "geometric_median"] = "mean"
-    ) -> None:
-        """Set `b_dec` to the centre of `batch`, so that the latents need not learn the mean.
+    def initialise(self, batch: Batch, centre: Literal["mean", "geometric_median"] = "geometric_median") -> None:
+        """Set the biases to the centre of `batch`, so that the latents need not learn it.
 
-        Several processes pass each their share; the centre is that of all of it.
+        Several processes pass each their share; the centre is that of all of it. The geometric median (Gao et al. 2024,
+        arXiv:2406.04093, appendix A.1) heeds outliers less than the mean.
         """
-        x = self._checked(batch)
-        with torch.no_grad():
-            self.sae.b_dec.copy_(self._mean(x) if centre == "mean" else self._geometric_median(x))
+        x, target = self.sae.input_and_target(self._checked(batch))
+        find = self._mean if centre == "mean" else self._geometric_median
+        target_centre = find(target)
+        self.sae.start_at(target_centre if x is target else find(x), target_centre)
         self.initialised = True
 
-    def fit(
-        self,
-        batches: Iterable[Float[Tensor, "_ width"]],
-        on_step: Callable[[StepMetrics], bool | None] | None = None,
-    ) -> None:
+    def fit(self, batches: Iterable[Batch], on_step: Callable[[StepMetrics], bool | None] | None = None) -> None:
         """Train from the current step to `n_steps`. The first batch of a run sets `b_dec` unless `initialise` did.
 
         Args:
@@ -176,7 +164,7 @@ class Trainer:
         for batch in batches:
             if not self.initialised:
                 self.initialise(batch)
-            metrics = self._step(self._checked(batch))
+            metrics = self._step(*self.sae.input_and_target(self._checked(batch)))
             try:
                 proceed = on_step is None or on_step(metrics) is not False
             except StopTraining:
@@ -188,133 +176,83 @@ class Trainer:
             "Pass a longer stream (more epochs) or lower `n_steps`."
         )
 
-    def _step(self, x: Float[Tensor, "batch d_in"]) -> StepMetrics:
-        variance, n_tokens = self.group.total_variance(x)
+    def _step(self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"]) -> StepMetrics:
+        config = self.config
+        variance, n_tokens = self.group.total_variance(target)
         dead = self._dead()
-        self.optimizer.zero_grad(set_to_none=True)
-        losses = self._losses(x, variance, n_tokens, dead)
+        context = StepContext(
+            group=self.group,
+            n_tokens=n_tokens,
+            variance=variance,
+            dead=dead,
+            step=self.step,
+            n_steps=self.n_steps,
+            smallest_kept=self._smallest_kept,
+            auxk_alpha=config.auxk_alpha,
+            k_aux=config.k_aux or self.sae.d_in // 2,
+            bf16=config.autocast_bf16,
+        )
+        losses = self.sae.objective(x, target, context)
         loss, batch_fvu, n_active = self.group.sum(
-            torch.stack(
-                [
-                    losses.total.detach(),
-                    losses.reconstruction.detach(),
-                    losses.total.new_tensor(len(losses.latents.value)),
-                ]
-            )
+            torch.stack([losses.total.detach(), losses.reconstruction.detach(), losses.n_active.to(losses.total.dtype)])
         ).tolist()
         if not (loss == loss and abs(loss) != float("inf")):
             raise ValueError(
                 f"The loss must be finite, got {loss} at step {self.step} (batch variance {float(variance):.4g}). "
                 "The weights were left as they were; look for constant batches, or lower `lr`."
             )
-        losses.total.backward()  # type: ignore[no-untyped-call]
-        lr = self._update()
+        lr = config.lr * schedule(self.step, self.n_steps, config.warmup_fraction, config.decay_fraction)
+        self.optimizer.update(losses.total, lr)
         self._count(losses, n_tokens)
         self.step += 1
         self.n_tokens += n_tokens
         return StepMetrics(self.step, loss, batch_fvu, n_active / n_tokens, int(dead.sum()), lr, self.n_tokens)
 
-    def _losses(
-        self, x: Float[Tensor, "batch d_in"], variance: Float[Tensor, ""], n_tokens: int, dead: Bool[Tensor, " d_sae"]
-    ) -> _Losses:
-        sae = self.sae
-        latents, smallest_kept = self._select(x, n_tokens)
-        x_hat = kernels.decode(latents, sae.W_dec, sae.b_dec, len(x))
-        reconstruction = reconstruction_loss(x, x_hat, variance, n_tokens)
-        total = reconstruction
-        if self.config.auxk_alpha > 0 and bool(dead.any()):
-            residual = (x - x_hat).detach()
-            residual_variance, _ = self.group.total_variance(residual)
-            residual_hat = self._decode_dead(x, dead)
-            total = total + self.config.auxk_alpha * auxk_loss(residual, residual_hat, residual_variance, n_tokens)
-        return _Losses(total, reconstruction, latents, smallest_kept)
-
-    def _select(self, x: Float[Tensor, "batch d_in"], n_tokens: int) -> tuple[SparseLatents, float]:
-        """The latents that this step keeps, with gradients, and the smallest value among them."""
-        sae = self.sae
-        encoder = kernels.Encoder(x - sae.b_dec.detach(), sae.W_enc, sae.b_enc)
-        with torch.no_grad():
-            if isinstance(sae, BatchTopKSAE):
-                latents, smallest_kept = kernels.select_batchtopk(
-                    encoder, sae.config.k * n_tokens, self._smallest_kept, self.group, bf16=self.config.autocast_bf16
-                )
-            else:
-                latents, smallest_kept = kernels.select_topk(encoder, sae.config.k), 0.0
-        return kernels.differentiable(latents, encoder, sae.b_dec), smallest_kept
-
-    def _decode_dead(self, x: Float[Tensor, "batch d_in"], dead: Bool[Tensor, " d_sae"]) -> Float[Tensor, "batch d_in"]:
-        """What the k_aux largest dead latents of each token reconstruct, without b_dec (see `losses.auxk_loss`)."""
-        sae = self.sae
-        k_aux = self.config.k_aux or sae.d_in // 2
-        W_enc = sae.W_enc[:, dead]
-        shift = (sae.b_dec - sae.b_dec.detach()) @ W_enc  # zero: it carries the gradient to b_dec without one of x
-        pre_acts = (x - sae.b_dec.detach()) @ W_enc + (sae.b_enc[dead] - shift)
-        if pre_acts.shape[1] > k_aux:
-            top = pre_acts.topk(k_aux, dim=1, sorted=False)
-            pre_acts = torch.zeros_like(pre_acts).scatter(1, top.indices, top.values)
-        return pre_acts.relu() @ sae.W_dec[dead]
-
-    def _update(self) -> float:
-        """One step of Adam on the summed gradients, decoder rows kept at norm 1. Returns the learning rate."""
-        parameters = list(self.sae.parameters())
-        self.group.sum_gradients(parameters)
-        assert self.sae.W_dec.grad is not None
-        project_gradient(self.sae.W_dec.data, self.sae.W_dec.grad)
-        if self.config.grad_clip is not None:
-            torch.nn.utils.clip_grad_norm_(parameters, self.config.grad_clip)
-        lr = self.config.lr * schedule(self.step, self.n_steps, self.config.warmup_fraction, self.config.decay_fraction)
-        for param_group in self.optimizer.param_groups:
-            param_group["lr"] = lr
-        self.optimizer.step()
-        normalise_rows(self.sae.W_dec.data)
-        return lr
-
     # ---- dead latents and the inference threshold -----------------------------------------------------------------
 
-    def _count(self, losses: _Losses, n_tokens: int) -> None:
-        fired = torch.zeros(self.sae.d_sae, dtype=torch.bool, device=self.device)
-        fired[losses.latents.latent] = True
+    def _count(self, losses: StepLosses, n_tokens: int) -> None:
         self.tokens_since_fired += n_tokens
-        self.tokens_since_fired[self.group.any(fired)] = 0
-        if isinstance(self.sae, BatchTopKSAE):
-            threshold = losses.smallest_kept
-            if self.step > 0:
-                threshold = 0.9 * float(self.sae.threshold) + 0.1 * threshold
-            self.sae.threshold.fill_(threshold)
-            self._smallest_kept = losses.smallest_kept
+        self.tokens_since_fired[self.group.any(losses.fired)] = 0
+        if isinstance(self.sae, ThresholdSAE):
+            self.sae.follow_threshold(losses.smallest_kept, self.step)
+        self._smallest_kept = losses.smallest_kept
+
+    @property
+    def dead_threshold_tokens(self) -> int:
+        """Tokens of silence after which a latent counts as dead: as configured, or 20 % of the run, at most 10 M."""
+        if self.config.dead_threshold_tokens is not None:
+            return self.config.dead_threshold_tokens
+        tokens_per_step = self.n_tokens / self.step if self.step else 0
+        return max(1, min(10_000_000, int(0.2 * self.n_steps * tokens_per_step)))
 
     def _dead(self) -> Bool[Tensor, " d_sae"]:
-        limit = self.config.dead_threshold_tokens
-        if limit is None:
-            tokens_per_step = self.n_tokens / self.step if self.step else 0
-            limit = min(10_000_000, int(0.2 * self.n_steps * tokens_per_step))
-        return self.tokens_since_fired >= max(limit, 1)
+        return self.tokens_since_fired >= self.dead_threshold_tokens
 
     # ---- inputs ---------------------------------------------------------------------------------------------------
 
-    def _checked(self, batch: Float[Tensor, "batch width"]) -> Float[Tensor, "batch d_in"]:
-        """The batch on the device in float32 and scaled. Raises: ValueError if it cannot be trained on."""
-        if batch.ndim != 2 or batch.shape[1] != self.sae.d_in or len(batch) == 0:
-            raise ValueError(
-                f"A batch must have shape (batch, d_in={self.sae.d_in}) and at least one row, got {tuple(batch.shape)} "
-                f"at step {self.step}. Check the hook that the activations come from."
-            )
-        x = batch.to(self.device, torch.float32)
-        if not bool(torch.isfinite(x.sum())):
-            n_bad = int((~torch.isfinite(x)).any(dim=1).sum())
-            raise ValueError(
-                f"A batch must hold finite numbers, got {n_bad} of {len(x)} rows with NaN or infinity at step "
-                f"{self.step}. The weights were left as they were; look for the shard that these rows come from."
-            )
-        return x * self.input_scale if self.input_scale != 1.0 else x
+    def _checked(self, batch: Batch) -> list[Float[Tensor, "batch _"]]:
+        """The tensors of a batch on the device, in float32, normalised. Raises: ValueError if they cannot be used."""
+        tensors = [batch] if isinstance(batch, Tensor) else list(batch)
+        _check_batch(tensors, self.sae.batch_widths, self.step)
+        checked = []
+        for tensor, normaliser in zip(tensors, self.normalisers, strict=True):
+            x = tensor.to(self.device, torch.float32)
+            if not bool(torch.isfinite(x.sum())):
+                n_bad = int((~torch.isfinite(x)).any(dim=1).sum())
+                raise ValueError(
+                    f"A batch must hold finite numbers, got {n_bad} of {len(x)} rows with NaN or infinity at step "
+                    f"{self.step}. The weights were left as they were; look for the shard that these rows come from."
+                )
+            checked.append(normaliser.apply(x))
+        return checked
 
-    def _mean(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, " d_in"]:
+    def _mean(self, x: Float[Tensor, "batch width"]) -> Float[Tensor, " width"]:
         sums = self.group.sum(
             torch.cat([x.sum(dim=0, dtype=torch.float64), x.new_tensor([len(x)], dtype=torch.float64)])
         )
         return (sums[:-1] / sums[-1]).to(x.dtype)
 
-    def _geometric_median(self, x: Float[Tensor, "batch d_in"], n_iterations: int = 30) -> Float[Tensor, " d_in"]:
+    def _geometric_median(self, x: Float[Tensor, "batch width"], n_iterations: int = 30) -> Float[Tensor, " width"]:
         """The point with the least summed distance to the rows, by Weiszfeld's iteration from the mean."""
         centre = self._mean(x)
         for _ in range(n_iterations):
@@ -327,55 +265,55 @@ class Trainer:
 
     @torch.no_grad()
     def export(self) -> SAE:
-        """A new SAE on the CPU that maps raw activations: the input scale s is folded in exactly.
-
-            relu((s·x − b_dec) @ W_enc + b_enc) / s = relu((x − b_dec / s) @ W_enc + b_enc / s)
-
-        so the biases and the threshold are divided by s, and the decoder keeps its unit-norm rows.
-        """
+        """A new SAE on the CPU that maps raw activations: the normalisation is folded in exactly (`SAE.fold`)."""
         sae = empty(self.sae.config)
         sae.load_state_dict(self.sae.state_dict())
-        for name, tensor in sae.state_dict().items():
-            if name in ("b_enc", "b_dec", "threshold"):
-                tensor.div_(self.input_scale)
+        normalisers = [normaliser.to(torch.device("cpu")) for normaliser in self.normalisers]
+        if not all(normaliser.is_identity for normaliser in normalisers):
+            sae.fold(normalisers)
         return sae
+
+    def _settings(self) -> dict[str, Any]:
+        """What a saved state must agree with, as JSON values."""
+        settings = {
+            "n_steps": self.n_steps,
+            "sae_config": asdict(self.sae.config),
+            "trainer_config": asdict(self.config),
+            "normaliser_scales": [float(normaliser.scale) for normaliser in self.normalisers],
+        }
+        return dict(json.loads(json.dumps(settings)))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on, flat: tensors, and plain JSON values. Tensors are not copies."""
         state: dict[str, Any] = {
             "step": self.step,
-            "n_steps": self.n_steps,
             "n_tokens": self.n_tokens,
             "initialised": self.initialised,
-            "input_scale": self.input_scale,
             "smallest_kept": self._smallest_kept,
-            "sae_config": asdict(self.sae.config),
-            "trainer_config": asdict(self.config),
             "tokens_since_fired": self.tokens_since_fired,
         }
+        state |= self._settings()
+        state |= {f"normaliser_shift.{i}": normaliser.shift for i, normaliser in enumerate(self.normalisers)}
         state |= {f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()}
-        for name, parameter in self.sae.named_parameters():
-            state |= {f"adam.{name}.{key}": value for key, value in self.optimizer.state[parameter].items()}
-        return state
+        return state | self.optimizer.state_dict()
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state_dict` was taken. Keys that others added are ignored.
 
-        Raises: ValueError if the state belongs to another SAE, trainer configuration, length or scale, listing what
-            differs.
+        Raises: ValueError if the state belongs to another SAE, trainer configuration, length or normalisation, listing
+            what differs.
         """
-        expected = {
-            "n_steps": self.n_steps,
-            "input_scale": self.input_scale,
-            "sae_config": asdict(self.sae.config),
-            "trainer_config": asdict(self.config) | {"betas": list(self.config.betas)},
-        }
-        found = {key: state.get(key) for key in expected}
-        if isinstance(found["trainer_config"], Mapping):
-            found["trainer_config"] = dict(found["trainer_config"]) | {"betas": list(found["trainer_config"]["betas"])}
+        expected = self._settings()
         differs = [
-            f"{key}: saved {found[key]!r}, now {expected[key]!r}" for key in expected if found[key] != expected[key]
+            f"{key}: saved {state.get(key)!r}, now {value!r}"
+            for key, value in expected.items()
+            if state.get(key) != value
+        ]
+        differs += [
+            f"normaliser_shift.{i}: the saved values are others"
+            for i, normaliser in enumerate(self.normalisers)
+            if not torch.equal(normaliser.shift.cpu(), state.get(f"normaliser_shift.{i}", torch.empty(0)).cpu())
         ]
         if differs:
             raise ValueError(
@@ -388,10 +326,35 @@ class Trainer:
         self.tokens_since_fired.copy_(state["tokens_since_fired"])
         self.step, self.n_tokens = int(state["step"]), int(state["n_tokens"])
         self.initialised, self._smallest_kept = bool(state["initialised"]), float(state["smallest_kept"])
-        for name, parameter in self.sae.named_parameters():
-            prefix = f"adam.{name}."
-            saved = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-            self.optimizer.state[parameter] = {
-                key: torch.empty_like(parameter).copy_(value) if key != "step" else value.clone()
-                for key, value in saved.items()
-            }
+        self.optimizer.load_state_dict(state)
+
+
+def _check_batch(tensors: Sequence[Tensor], widths: Sequence[int], step: int) -> None:
+    """Refuse a batch that does not fit the SAE, before any of it is used."""
+    shapes = [tuple(tensor.shape) for tensor in tensors]
+    fits = [tensor.ndim == 2 and tensor.shape[1] == width for tensor, width in zip(tensors, widths, strict=False)]
+    n_rows = {shape[0] for shape in shapes if shape}
+    if len(tensors) != len(widths) or not all(fits) or len(n_rows) != 1 or n_rows == {0}:
+        wanted = ", ".join(f"(batch, {width})" for width in widths)
+        raise ValueError(
+            f"A batch must have shape {wanted} and at least one row, got {', '.join(map(str, shapes))} at step {step}. "
+            "Check the hook that the activations come from."
+        )
+    dtypes = {tensor.dtype for tensor in tensors}
+    if len(dtypes) != 1 or not all(dtype.is_floating_point for dtype in dtypes):
+        raise ValueError(
+            f"The tensors of a batch must share one float dtype, got {', '.join(sorted(map(str, dtypes)))} at step "
+            f"{step}. Convert them before training."
+        )
+
+
+def _check_normalisers(sae: SAE, normalisers: Sequence[Normaliser]) -> None:
+    widths = tuple(len(normaliser.shift) for normaliser in normalisers)
+    if widths != sae.batch_widths:
+        raise ValueError(
+            f"`normalisers` must have the widths {sae.batch_widths} of a batch's tensors, got {widths}. "
+            "Fit one to a sample of each."
+        )
+    if not all(float(normaliser.scale) > 0 for normaliser in normalisers):
+        scales = [float(normaliser.scale) for normaliser in normalisers]
+        raise ValueError(f"The scales of `normalisers` must be positive, got {scales}. Use 1.0 for no scaling.")

@@ -155,13 +155,14 @@ class _SelectedPreActs(torch.autograd.Function):
         ctx: Any,
         W_enc: Float[Tensor, "d_in d_sae"],
         b_enc: Float[Tensor, " d_sae"],
-        b_dec: Float[Tensor, " d_in"],
+        b_dec: Float[Tensor, " d_in"] | None,
         x_centred: Float[Tensor, "batch d_in"],
         row: Int[Tensor, " n_active"],
         latent: Int[Tensor, " n_active"],
         value: Float[Tensor, " n_active"],
     ) -> Float[Tensor, " n_active"]:
         ctx.save_for_backward(W_enc, x_centred, row, latent)
+        ctx.shifts_input = b_dec is not None
         return value.clone()
 
     @staticmethod
@@ -179,11 +180,12 @@ class _SelectedPreActs(torch.autograd.Function):
             include_last_offset=True,
         ).t()
         grad_b_enc = torch.zeros(d_sae, dtype=grad.dtype, device=grad.device).index_add_(0, latent, grad)
-        return grad_W_enc, grad_b_enc, -(W_enc @ grad_b_enc), None, None, None, None
+        grad_b_dec = -(W_enc @ grad_b_enc) if ctx.shifts_input else None
+        return grad_W_enc, grad_b_enc, grad_b_dec, None, None, None, None
 
 
-def differentiable(latents: SparseLatents, encoder: Encoder, b_dec: Float[Tensor, " d_in"]) -> SparseLatents:
-    """The same latents with values that carry gradients to W_enc, b_enc and b_dec."""
+def differentiable(latents: SparseLatents, encoder: Encoder, b_dec: Float[Tensor, " d_in"] | None) -> SparseLatents:
+    """The same latents with values that carry gradients to W_enc, b_enc and, where the input was shifted, b_dec."""
     value = _SelectedPreActs.apply(encoder.W_enc, encoder.b_enc, b_dec, encoder.x_centred, *latents)  # type: ignore[no-untyped-call]
     return SparseLatents(latents.row, latents.latent, value)
 

@@ -19,7 +19,7 @@ def randomised(config: SAEConfig) -> SAE:
         for tensor in (sae.b_enc, sae.b_dec):
             tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.3)
         if isinstance(sae, BatchTopKSAE | JumpReLUSAE):
-            sae.threshold.fill_(0.4)
+            sae.threshold.data.fill_(0.4)
     return sae
 
 
@@ -87,7 +87,7 @@ def test_topk_keeps_at_most_k_and_never_a_negative_value() -> None:
 def test_threshold_is_strict(config: SAEConfig) -> None:
     sae = build(config, seed=0)
     assert isinstance(sae, BatchTopKSAE | JumpReLUSAE)
-    sae.threshold.fill_(1.0)
+    sae.threshold.data.fill_(1.0)
     pre_acts = torch.full((24,), 1.0)
     pre_acts[3] = torch.nextafter(torch.tensor(1.0), torch.tensor(2.0))
     assert sae.activate(pre_acts).nonzero().flatten().tolist() == [3]

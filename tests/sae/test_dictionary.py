@@ -38,9 +38,9 @@ def random_sae(config: SAEConfig) -> SAE:
         for tensor in sae.parameters():
             tensor.add_(torch.randn(tensor.shape, generator=generator) * 0.1)
     if isinstance(sae, BatchTopKSAE):
-        sae.threshold.fill_(0.4)
+        sae.threshold.data.fill_(0.4)
     if isinstance(sae, JumpReLUSAE):
-        sae.threshold.copy_(torch.rand(24, generator=generator))
+        sae.threshold.data.copy_(torch.rand(24, generator=generator))
     return sae
 
 

@@ -1,0 +1,107 @@
+"""The training objective of the architectures that keep k latents: selection, sparse decoding, AuxK.
+
+All calls from the architectures into `sae.kernels` go through here:
+
+    encoder = training_encoder(sae, x)          the affine map, input shifted by b_dec where the architecture does so
+    latents = select_topk(...) or select_batchtopk(...)                 what is kept, no gradient
+    live    = live_latents(sae, encoder, latents)                       the same with gradients to the encoder
+    x_hat   = decode(live, W_dec, b_dec, n_tokens)                      sparse decoding
+"""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from sae.base import SAE, SparseLatents
+from sae.kernels import cpu as kernels
+from sae.kernels.cpu import Encoder, decode
+from sae.losses import auxk_loss, reconstruction_loss
+from sae.objective import StepContext, StepLosses
+
+__all__ = ["auxk_term", "decode", "live_latents", "select_batchtopk", "select_topk", "sparse_losses", "step_losses"]
+
+
+def training_encoder(sae: SAE, x: Float[Tensor, "batch d_in"]) -> Encoder:
+    """The encoder on this batch. `b_dec` enters as a constant here; `live_latents` adds its gradient."""
+    return kernels.Encoder(x - sae.b_dec.detach() if sae.subtracts_b_dec else x, sae.W_enc, sae.b_enc)
+
+
+@torch.no_grad()
+def select_topk(encoder: Encoder, k: int) -> SparseLatents:
+    """The k largest positive pre-activations of each token."""
+    return kernels.select_topk(encoder, k)
+
+
+@torch.no_grad()
+def select_batchtopk(encoder: Encoder, k: int, context: StepContext) -> tuple[SparseLatents, float]:
+    """The k * n_tokens largest positive pre-activations of the global batch, and the smallest of them."""
+    latents, smallest_kept = kernels.select_batchtopk(
+        encoder, k * context.n_tokens, context.smallest_kept, context.group, bf16=context.bf16
+    )
+    return latents, smallest_kept
+
+
+def live_latents(sae: SAE, encoder: Encoder, latents: SparseLatents) -> SparseLatents:
+    """The same latents with values that carry gradients to the encoder."""
+    return kernels.differentiable(latents, encoder, sae.b_dec if sae.subtracts_b_dec else None)
+
+
+def sparse_losses(
+    sae: SAE,
+    x: Float[Tensor, "batch d_in"],
+    target: Float[Tensor, "batch d_out"],
+    encoder: Encoder,
+    latents: SparseLatents,
+    context: StepContext,
+    smallest_kept: float = 0.0,
+) -> StepLosses:
+    """Reconstruction of `target` from the kept latents, and AuxK.
+
+    total = Σ_b ‖target_b − x_hat_b‖² / (n_tokens · variance) + auxk_alpha · auxk_loss
+    """
+    x_hat = decode(live_latents(sae, encoder, latents), sae.W_dec, sae.b_dec, len(x)) + sae.bypass(x)
+    reconstruction = reconstruction_loss(target, x_hat, context.variance, context.n_tokens)
+    total = reconstruction + auxk_term(sae, x, target - x_hat, context)
+    return step_losses(total, reconstruction, latents, sae.d_sae, smallest_kept)
+
+
+def step_losses(
+    total: Float[Tensor, ""],
+    reconstruction: Float[Tensor, ""],
+    latents: SparseLatents,
+    d_sae: int,
+    smallest_kept: float = 0.0,
+) -> StepLosses:
+    """The losses with what the kept latents say about firing."""
+    fired = torch.zeros(d_sae, dtype=torch.bool, device=total.device)
+    fired[latents.latent] = True
+    n_active = torch.tensor(len(latents.value), device=total.device)
+    return StepLosses(total, reconstruction, fired, n_active, smallest_kept)
+
+
+def auxk_term(
+    sae: SAE, x: Float[Tensor, "batch d_in"], residual: Float[Tensor, "batch d_out"], context: StepContext
+) -> Float[Tensor, ""] | float:
+    """auxk_alpha · auxk_loss; 0 while no latent is dead."""
+    if context.auxk_alpha == 0 or not bool(context.dead.any()):
+        return 0.0
+    residual = residual.detach()
+    variance, _ = context.group.total_variance(residual)
+    residual_hat = decode_dead(sae, x, context.dead, context.k_aux)
+    return context.auxk_alpha * auxk_loss(residual, residual_hat, variance, context.n_tokens)
+
+
+def decode_dead(
+    sae: SAE, x: Float[Tensor, "batch d_in"], dead: Bool[Tensor, " d_sae"], k_aux: int
+) -> Float[Tensor, "batch d_out"]:
+    """What the k_aux largest dead latents of each token reconstruct, without b_dec (see `losses.auxk_loss`)."""
+    W_enc, b_enc = sae.W_enc[:, dead], sae.b_enc[dead]
+    if sae.subtracts_b_dec:
+        shift = (sae.b_dec - sae.b_dec.detach()) @ W_enc  # zero: it carries the gradient to b_dec without one of x
+        pre_acts = (x - sae.b_dec.detach()) @ W_enc + (b_enc - shift)
+    else:
+        pre_acts = x @ W_enc + b_enc
+    if pre_acts.shape[1] > k_aux:
+        top = pre_acts.topk(k_aux, dim=1, sorted=False)
+        pre_acts = torch.zeros_like(pre_acts).scatter(1, top.indices, top.values)
+    return pre_acts.relu() @ sae.W_dec[dead]
