@@ -19,8 +19,11 @@ from typing import Any, Literal
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
 from werkzeug.serving import make_server
 
-Fault = Literal["refuse", "throttle", "break", "lose the request", "lose the answer", "cut the answer", "stall"]
-"""503; 429; 500; connection reset before and after the request was carried out; half of the answer; no answer."""
+STATUS = {"refuse": 503, "throttle": 429, "break": 500, "forbid": 403}
+Fault = Literal[
+    "refuse", "throttle", "break", "forbid", "lose the request", "lose the answer", "cut the answer", "stall"
+]
+"""The status above; a connection reset before, or after, the request was carried out; half of an answer; none."""
 Policy = Callable[[str, str], Fault | None]
 """What is to go wrong with a request, by its method and path."""
 
@@ -102,8 +105,8 @@ class FaultyProxy:
             self._released.wait(stall_s)
         if fault in ("lose the request", "stall"):
             return _reset(client)
-        if fault in ("refuse", "throttle", "break"):
-            client.send_response({"refuse": 503, "throttle": 429, "break": 500}[fault])
+        if fault in STATUS:
+            client.send_response_only(STATUS[fault])
             client.send_header("Content-Length", "0")
             client.end_headers()
             return None
