@@ -6,13 +6,14 @@ through a `Backend`, which `backend_for` chooses; `objects` has the one for obje
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
 import shutil
 import stat
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -118,6 +119,28 @@ def backend_for(path: str | os.PathLike[str]) -> Backend:
     return ObjectBackend.from_url(name)
 
 
+REASONS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EROFS: "the file system is mounted read-only",
+    errno.EACCES: "this user may not write there",
+}
+
+
+@contextlib.contextmanager
+def _explained(where: str) -> Iterator[None]:
+    """Turns what a person has to put right on the machine into a StorageError that says so."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in REASONS:
+            raise
+        raise StorageError(
+            f"{where} must be writable, but {REASONS[error.errno]}. What was committed is safe, nothing half-written "
+            "was kept: put that right, then run the same command again, and it goes on from there."
+        ) from error
+
+
 class LocalBackend:
     """A directory on a local file system with hard links (ext4, xfs, btrfs, apfs, tmpfs, NFS)."""
 
@@ -128,6 +151,10 @@ class LocalBackend:
         return str(self.root / key) if key else str(self.root)
 
     def create(self, files: Iterable[tuple[str, Buffer]]) -> bool:
+        with _explained(str(self.root)):
+            return self._create(files)
+
+    def _create(self, files: Iterable[tuple[str, Buffer]]) -> bool:
         parent = self.root.parent
         parent.mkdir(parents=True, exist_ok=True)
         if self.root.exists() and not (self.root.is_dir() and not os.listdir(self.root)):
@@ -199,16 +226,17 @@ class LocalBackend:
 
     def write(self, key: str, buffers: Iterable[Buffer]) -> None:
         path = self.root / key
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o644)
-        try:
-            for buffer in buffers:
-                view = as_bytes(buffer)
-                while view:  # one write(2) may take less than it was given, and at most 2 GiB
-                    view = view[os.write(descriptor, view) :]
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        with _explained(str(path)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o644)
+            try:
+                for buffer in buffers:
+                    view = as_bytes(buffer)
+                    while view:  # one write(2) may take less than it was given, and at most 2 GiB
+                        view = view[os.write(descriptor, view) :]
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
     def sync(self, prefix: str) -> None:
         descriptor = os.open(self.root / prefix, os.O_RDONLY)
@@ -219,10 +247,14 @@ class LocalBackend:
 
     def publish(self, source: str, key: str) -> bool:
         target = self.root / key
+        with _explained(str(target)):
+            return self._link(self.root / source, target)
+
+    def _link(self, source: Path, target: Path) -> bool:
         self._make_durable_directory(target.parent)
         try:
             # atomic and exclusive: the name appears with all of its bytes, or not at all
-            os.link(self.root / source, target)
+            os.link(source, target)
         except FileExistsError:
             return False
         except OSError as error:
@@ -237,25 +269,27 @@ class LocalBackend:
 
     def install(self, source: str, key: str) -> bool:
         target = self.root / key
-        self._make_durable_directory(target.parent)
-        try:
-            os.replace(self.root / source, target)
-            moved = True
-        except FileNotFoundError:
-            moved = False
-        self.sync(str(target.parent.relative_to(self.root)))  # also what another process has just moved
+        with _explained(str(target)):
+            self._make_durable_directory(target.parent)
+            try:
+                os.replace(self.root / source, target)
+                moved = True
+            except FileNotFoundError:
+                moved = False
+            self.sync(str(target.parent.relative_to(self.root)))  # also what another process has just moved
         return moved
 
     def remove(self, key: str) -> None:
         path = self.root / key
-        if not path.is_dir():
-            path.unlink(missing_ok=True)
-        while path.is_dir():
-            try:
-                shutil.rmtree(path)
-            except OSError as error:  # somebody else removes it, or still writes into it, at the same time
-                if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):
-                    raise
+        with _explained(str(path)):
+            if not path.is_dir() and os.path.lexists(path):
+                path.unlink(missing_ok=True)
+            while path.is_dir():
+                try:
+                    shutil.rmtree(path)
+                except OSError as error:  # somebody else removes it, or still writes into it, at the same time
+                    if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):
+                        raise
 
     def _make_durable_directory(self, path: Path) -> None:
         missing = []

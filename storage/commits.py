@@ -160,9 +160,10 @@ class CommitLog:
             "payload": dict(payload),
         }
         try:
-            self.backend.write(record, [canonical_json(value)])
-            self.backend.sync(attempt.prefix)
-            self.backend.sync(STAGING)
+            with attempt.removed_on_error():
+                self.backend.write(record, [canonical_json(value)])
+                self.backend.sync(attempt.prefix)
+                self.backend.sync(STAGING)
             won = self.backend.publish(record, commit_key(attempt.shard))
         except FileNotFoundError:  # the staged files are gone: somebody committed this shard, or sealed, and cleaned up
             won = False
@@ -243,13 +244,17 @@ class CommitLog:
             "n_shards": self.n_shards,
             "payload": dict(payload),
         }
-        draft = f"{STAGING}/seal-{uuid.uuid4().hex}"
-        try:
-            self.backend.write(draft, [canonical_json(value)])
-            self.backend.sync(STAGING)
-            self.backend.publish(draft, SEAL)
-        except FileNotFoundError:  # another process sealed first and emptied staging/
-            if self.backend.size(SEAL) is None:
+        if self.backend.size(SEAL) is None:
+            draft = f"{STAGING}/seal-{uuid.uuid4().hex}"
+            try:
+                self.backend.write(draft, [canonical_json(value)])
+                self.backend.sync(STAGING)
+                self.backend.publish(draft, SEAL)
+            except FileNotFoundError:  # another process sealed first and emptied staging/
+                if self.backend.size(SEAL) is None:
+                    raise
+            except BaseException:
+                self.backend.remove(draft)
                 raise
         for name in self.backend.list(STAGING):
             if name != KEEP:

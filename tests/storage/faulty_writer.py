@@ -1,7 +1,8 @@
 """Builds the example store in a process of its own that kills itself with SIGKILL at the n-th place to die.
 
 python faulty_writer.py STORE KILL_AT [SEED]        KILL_AT 0: live, and print the number of places to die at
-python faulty_writer.py --serve                     the same for each line "STORE KILL_AT SEED" of the input, in a fork
+python faulty_writer.py --serve                     the same for each line "STORE KILL_AT SEED DELAY_S" of the input, in
+                                                    a fork, which is killed from outside after the delay if it is not 0
 
 Places are before and after everything that changes a local disk, also inside of each file, and before and after
 every request to an object store.
@@ -13,8 +14,8 @@ import itertools
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import example_store
@@ -92,18 +93,20 @@ def faulty(url: str) -> Backend:
 def build(url: str, kill: int, seed: int) -> None:
     global kill_at
     kill_at = kill
-    example_store.build(Path(url) if "://" not in url else url, backend=faulty(url), seed=seed)
-    print(_passed, flush=True)
+    example_store.build(url, backend=faulty(url), seed=seed)
 
 
 def serve() -> None:
     """For each line of input a child of this process: importing everything anew would take most of the time."""
     for line in sys.stdin:
-        url, kill, seed = line.split()
+        url, kill, seed, delay_s = line.split()
         child = os.fork()
         if child == 0:
             build(url, int(kill), int(seed))
             os._exit(0)
+        if float(delay_s):
+            time.sleep(float(delay_s))
+            os.kill(child, signal.SIGKILL)
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
 
@@ -112,3 +115,4 @@ if __name__ == "__main__":
         serve()
     else:
         build(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else 0)
+        print(_passed)

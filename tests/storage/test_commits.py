@@ -1,9 +1,4 @@
-import os
-import random
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,30 +9,6 @@ from storage import ActivationStore, ActivationWriter, CorruptionError, FormatEr
 from storage.backends import Buffer, LocalBackend
 from storage.commits import CommitLog
 
-HERE = Path(__file__).parent
-N_KILLS = 16
-
-
-def start(path: Path, kill_at: int, seed: int = 0) -> subprocess.Popen[str]:
-    environment = os.environ | {"PYTHONPATH": str(HERE.parent.parent), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(HERE / "faulty_writer.py"), str(path), str(kill_at), str(seed)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-
-
-def run_killed(path: Path, kill_at: int) -> None:
-    process = start(path, kill_at)
-    process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL
-
-
-@pytest.fixture(scope="module")
-def n_places(tmp_path_factory: pytest.TempPathFactory) -> int:
-    """Places at which an undisturbed run could have died."""
-    process = start(tmp_path_factory.mktemp("undisturbed") / "s", 0)
-    printed, _ = process.communicate(timeout=60)
-    assert process.returncode == 0
-    return int(printed)
-
 
 def assert_undisturbed(path: Path, built: Path) -> None:
     """The store is what a run without faults leaves."""
@@ -45,59 +16,6 @@ def assert_undisturbed(path: Path, built: Path) -> None:
     assert [file.name for file in (path / "staging").iterdir()] == [".keep"]
     assert [file.name for file in path.parent.iterdir()] == [path.name]
     assert verify(path) == []
-
-
-def test_run_killed_anywhere_resumes_to_the_same_bytes(n_places: int, built: Path, tmp_path: Path) -> None:
-    assert n_places > 100
-    chosen = random.Random(0).sample(range(1, n_places + 1), N_KILLS)
-    for kill_at in chosen:
-        path = tmp_path / str(kill_at) / "s"
-        run_killed(path, kill_at)
-        example_store.build(path)
-        assert_undisturbed(path, built)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_run_killed_at_every_place_resumes_to_the_same_bytes(n_places: int, built: Path, tmp_path: Path) -> None:
-    for kill_at in range(1, n_places + 1):
-        path = tmp_path / str(kill_at) / "s"
-        run_killed(path, kill_at)
-        example_store.build(path)
-        assert_undisturbed(path, built)
-        shutil.rmtree(path.parent)
-
-
-def test_run_killed_again_and_again_resumes_to_the_same_bytes(built: Path, tmp_path: Path) -> None:
-    path, places = tmp_path / "s", random.Random(1)
-    for _ in range(6):
-        run_killed(path, places.randint(5, 40))
-    example_store.build(path)
-    assert_undisturbed(path, built)
-
-
-def test_reader_sees_no_store_before_it_is_sealed(n_places: int, tmp_path: Path) -> None:
-    for kill_at in (1, n_places // 2, n_places - 30):
-        run_killed(tmp_path / "s", kill_at)
-        with pytest.raises(StorageError):
-            ActivationStore.open(tmp_path / "s")
-        shutil.rmtree(tmp_path / "s", ignore_errors=True)
-
-
-def test_two_writers_racing_for_every_shard_leave_whole_shards(tmp_path: Path) -> None:
-    path = tmp_path / "s"
-    processes = [start(path, 0, seed) for seed in (1, 2, 3)]
-    for process in processes:
-        process.communicate(timeout=60)
-    assert [process.returncode for process in processes] == [0, 0, 0]
-    assert verify(path) == []
-    store, spec = ActivationStore.open(path), example_store.spec()
-    candidates = [example_store.activations(spec, seed) for seed in (1, 2, 3)]
-    for shard in range(spec.n_shards):
-        start_, stop = spec.shard_range(shard)
-        read = {hook.name: store.activations_numpy(hook.name, start_, stop) for hook in spec.hooks}
-        owners = [all((read[hook] == values[hook][start_:stop]).all() for hook in read) for values in candidates]
-        assert sum(owners) == 1
 
 
 def test_zombie_that_wakes_up_after_the_commit_changes_nothing(built: Path, tmp_path: Path) -> None:
