@@ -19,7 +19,7 @@ from pipelines.rundir import now, write_text
 from sae import BatchTopKConfig, Dictionary, StepMetrics, TopKConfig, Trainer, TrainerConfig, build
 from sae.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from sae.normalise import fit_normaliser
-from sae.threshold import ThresholdSAE
+from sae.threshold import thresholded
 from storage import ActivationStore, ShuffledReader
 
 CALIBRATION_TOKENS = 2**17
@@ -103,8 +103,8 @@ def train_worker(
 def _finish(trainer: Trainer, store: ActivationStore, job: TrainJob) -> None:
     """Calibrate the inference threshold and write the trained dictionary."""
     sae = trainer.export()
-    if isinstance(sae, ThresholdSAE):
-        sae.calibrate_threshold(_calibration(store, job, CALIBRATION_TOKENS))
+    if (selecting := thresholded(sae)) is not None:
+        selecting.calibrate_threshold(_calibration(store, job, CALIBRATION_TOKENS))
     Dictionary(sae, hook_name=job.hook, metadata=saelens_metadata(job.provenance)).save(
         job.output, provenance=job.provenance, overwrite=True
     )

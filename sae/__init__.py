@@ -4,13 +4,30 @@ from sae.architectures import build
 from sae.base import SAE, SAEOutput, SparseLatents
 from sae.batchtopk import BatchTopKSAE
 from sae.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from sae.config import BatchTopKConfig, JumpReLUConfig, SAEConfig, TopKConfig, config_from_dict
+from sae.config import (
+    BatchTopKConfig,
+    CrosscoderConfig,
+    GatedConfig,
+    JumpReLUConfig,
+    MatryoshkaBatchTopKConfig,
+    SAEConfig,
+    StandardConfig,
+    TopKConfig,
+    TranscoderConfig,
+    config_from_dict,
+)
+from sae.crosscoder import Crosscoder
 from sae.dictionary import Dictionary
+from sae.gated import GatedSAE
 from sae.hooks import Edit, Tap, attach, find_module, replace_activations
 from sae.jumprelu import JumpReLUSAE
+from sae.matryoshka_batchtopk import MatryoshkaBatchTopKSAE
 from sae.metrics import FVU, L0, ActivationFrequency
+from sae.normalise import Normaliser, fit_normaliser
+from sae.standard import StandardSAE
 from sae.topk import TopKSAE
 from sae.trainer import StepMetrics, StopTraining, Trainer, TrainerConfig
+from sae.transcoder import Transcoder
 
 __all__ = [
     "FVU",
@@ -19,13 +36,22 @@ __all__ = [
     "ActivationFrequency",
     "BatchTopKConfig",
     "BatchTopKSAE",
+    "Crosscoder",
+    "CrosscoderConfig",
     "Dictionary",
     "Edit",
+    "GatedConfig",
+    "GatedSAE",
     "JumpReLUConfig",
     "JumpReLUSAE",
+    "MatryoshkaBatchTopKConfig",
+    "MatryoshkaBatchTopKSAE",
+    "Normaliser",
     "SAEConfig",
     "SAEOutput",
     "SparseLatents",
+    "StandardConfig",
+    "StandardSAE",
     "StepMetrics",
     "StopTraining",
     "Tap",
@@ -33,10 +59,13 @@ __all__ = [
     "TopKSAE",
     "Trainer",
     "TrainerConfig",
+    "Transcoder",
+    "TranscoderConfig",
     "attach",
     "build",
     "config_from_dict",
     "find_module",
+    "fit_normaliser",
     "latest_checkpoint",
     "load_checkpoint",
     "replace_activations",

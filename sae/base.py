@@ -183,7 +183,9 @@ class SAE(nn.Module, ABC):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SAE":
         """`nn.Module.to` and its kin, with `float32_tensors` kept in float32."""
-        exact: dict[str, Any] = {name: getattr(self, name).detach().clone() for name in self.float32_tensors}
+        exact: dict[str, Any] = {
+            name: getattr(self, name).detach().clone() for name in self.float32_tensors if hasattr(self, name)
+        }
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, value in exact.items():
             tensor = getattr(self, name)

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 
@@ -42,12 +43,12 @@ def _require_choice(owner: object, name: str, *choices: str) -> None:
         )
 
 
-def _require_k(owner: "TopKConfig | BatchTopKConfig") -> None:
+def _require_k(owner: object) -> None:
     _require_count(owner, "d_in", "d_sae", "k")
-    if owner.k > owner.d_sae:
+    k, d_sae = getattr(owner, "k", 0), getattr(owner, "d_sae", 0)
+    if k > d_sae:
         raise ValueError(
-            f"{type(owner).__name__}.k must not exceed d_sae, got k={owner.k} with d_sae={owner.d_sae}. "
-            "Lower `k` or widen `d_sae`."
+            f"{type(owner).__name__}.k must not exceed d_sae, got k={k} with d_sae={d_sae}. Lower `k` or widen `d_sae`."
         )
 
 
@@ -152,12 +153,190 @@ class JumpReLUConfig:
         return 0.05 if self.penalty == "l0" else 1.0
 
 
-SAEConfig = TopKConfig | BatchTopKConfig | JumpReLUConfig
+@dataclass(frozen=True, kw_only=True)
+class StandardConfig:
+    """ReLU latents under an L1 penalty (Bricken et al. 2023; coefficient of Circuits Updates, April 2024)."""
+
+    d_in: int
+    """Width of the activations that are reconstructed."""
+
+    d_sae: int
+    """Number of latents."""
+
+    l1_coefficient: float = 5.0
+    """Weight of the L1 penalty, for activations of variance d_in."""
+
+    sparsity_warmup_fraction: float = 0.05
+    """Share of the run in which the weight rises from 0."""
+
+    architecture: Literal["standard"] = "standard"
+
+    def __post_init__(self) -> None:
+        _require_count(self, "d_in", "d_sae")
+        _require_not_negative(self, "l1_coefficient")
+        _require_share(self, "sparsity_warmup_fraction")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatedConfig:
+    """Which latents fire and how strongly is decided apart (Rajamanoharan et al. 2024, arXiv:2404.16014)."""
+
+    d_in: int
+    """Width of the activations that are reconstructed."""
+
+    d_sae: int
+    """Number of latents."""
+
+    l1_coefficient: float = 5.0
+    """Weight of the L1 penalty on the gate, for activations of variance d_in. The paper sweeps it."""
+
+    sparsity_warmup_fraction: float = 0.05
+    """Share of the run in which the weight rises from 0."""
+
+    architecture: Literal["gated"] = "gated"
+
+    def __post_init__(self) -> None:
+        _require_count(self, "d_in", "d_sae")
+        _require_not_negative(self, "l1_coefficient")
+        _require_share(self, "sparsity_warmup_fraction")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatryoshkaBatchTopKConfig:
+    """BatchTopK whose first latents must reconstruct on their own (Bussmann et al. 2025, arXiv:2503.17547)."""
+
+    d_in: int
+    """Width of the activations that are reconstructed."""
+
+    d_sae: int
+    """Number of latents."""
+
+    k: int
+    """Latents kept for each token on average."""
+
+    prefix_sizes: tuple[int, ...] | None = None
+    """Latents in each nested dictionary, rising to d_sae; None takes the paper's 1/32, 3/32, 7/32, 15/32 and all."""
+
+    n_sampled_prefixes: int = 0
+    """When positive, each step draws this many prefix sizes (the last is d_sae) in place of `prefix_sizes`."""
+
+    architecture: Literal["matryoshka_batchtopk"] = "matryoshka_batchtopk"
+
+    def __post_init__(self) -> None:
+        _require_k(self)
+        if self.prefix_sizes is not None:
+            sizes = self.prefix_sizes
+            rising = all(a < b for a, b in pairwise((0, *sizes)))
+            if not sizes or not rising or sizes[-1] != self.d_sae:
+                raise ValueError(
+                    f"MatryoshkaBatchTopKConfig.prefix_sizes must rise from above 0 to d_sae={self.d_sae}, got "
+                    f"{list(sizes)}. Correct `prefix_sizes`, or leave it out."
+                )
+        if self.n_sampled_prefixes:
+            _require_count(self, "n_sampled_prefixes")
+
+    @property
+    def fixed_prefixes(self) -> tuple[int, ...]:
+        """The prefix sizes in use when none are drawn."""
+        if self.prefix_sizes is not None:
+            return self.prefix_sizes
+        shares = (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1)
+        return tuple(sorted({max(1, round(share * self.d_sae)) for share in shares}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TranscoderConfig:
+    """Predicts one hook's activations from another's (Dunefsky et al. 2024; skip: Paulo et al. 2025)."""
+
+    d_in: int
+    """Width of the activations that are read."""
+
+    d_out: int
+    """Width of the activations that are predicted."""
+
+    d_sae: int
+    """Number of latents."""
+
+    k: int
+    """Latents kept for each token (on average, for batchtopk)."""
+
+    activation: Literal["topk", "batchtopk"] = "batchtopk"
+    """How the k latents are chosen."""
+
+    skip: bool = False
+    """Add an affine map of the input to the output."""
+
+    architecture: Literal["transcoder"] = "transcoder"
+
+    def __post_init__(self) -> None:
+        _require_k(self)
+        _require_count(self, "d_out")
+        _require_choice(self, "activation", "topk", "batchtopk")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrosscoderConfig:
+    """One set of latents for several hooks or models (Lindsey et al. 2024; BatchTopK: Minder et al. 2025)."""
+
+    d_ins: tuple[int, ...]
+    """Width of the activations of each source."""
+
+    d_sae: int
+    """Number of latents."""
+
+    sparsity: Literal["l1", "batchtopk"] = "batchtopk"
+    """L1 weighted by decoder norms, or k latents a token."""
+
+    k: int = 32
+    """Latents kept for each token on average, for batchtopk."""
+
+    l1_coefficient: float = 2.0
+    """Weight of the L1 penalty, for activations of variance Σ d_ins."""
+
+    sparsity_warmup_fraction: float = 0.05
+    """Share of the run in which that weight rises from 0."""
+
+    architecture: Literal["crosscoder"] = "crosscoder"
+
+    def __post_init__(self) -> None:
+        if len(self.d_ins) < 2 or not all(isinstance(d, int) and d > 0 for d in self.d_ins):
+            raise ValueError(
+                f"CrosscoderConfig.d_ins must list the widths of at least two sources, got {list(self.d_ins)}. "
+                "Name several hooks, or choose another architecture."
+            )
+        _require_count(self, "d_sae")
+        _require_choice(self, "sparsity", "l1", "batchtopk")
+        _require_not_negative(self, "l1_coefficient")
+        _require_share(self, "sparsity_warmup_fraction")
+        if self.sparsity == "batchtopk":
+            _require_k(self)
+
+    @property
+    def d_in(self) -> int:
+        """Width of the sources side by side."""
+        return sum(self.d_ins)
+
+
+SAEConfig = (
+    TopKConfig
+    | BatchTopKConfig
+    | JumpReLUConfig
+    | StandardConfig
+    | GatedConfig
+    | MatryoshkaBatchTopKConfig
+    | TranscoderConfig
+    | CrosscoderConfig
+)
 
 _BY_ARCHITECTURE: dict[str, type[SAEConfig]] = {
     "topk": TopKConfig,
     "batchtopk": BatchTopKConfig,
     "jumprelu": JumpReLUConfig,
+    "standard": StandardConfig,
+    "gated": GatedConfig,
+    "matryoshka_batchtopk": MatryoshkaBatchTopKConfig,
+    "transcoder": TranscoderConfig,
+    "crosscoder": CrosscoderConfig,
 }
 
 
@@ -188,4 +367,4 @@ def config_from_dict(values: Mapping[str, Any]) -> SAEConfig:
         raise ValueError(
             f"A {architecture} configuration needs {', '.join(required)}; missing: {', '.join(missing)}. Add them."
         )
-    return cls(**values)
+    return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})

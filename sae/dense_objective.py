@@ -32,9 +32,9 @@ def warmed_up(coefficient: float, context: StepContext, fraction: float) -> floa
     return coefficient * min(1.0, (context.step + 1) / n_warmup) if n_warmup else coefficient
 
 
-def l1_penalty(weighted_acts: Float[Tensor, "batch d_sae"], d_out: int, context: StepContext) -> Float[Tensor, ""]:
-    """mean_b Σ_j f_bj / √(variance * d_out), this process's share. `weighted_acts` must not be negative."""
-    return weighted_acts.sum() / (context.n_tokens * (context.variance * d_out).sqrt())
+def l1_penalty(weighted_acts: Float[Tensor, "batch d_sae"], context: StepContext) -> Float[Tensor, ""]:
+    """mean_b Σ_j f_bj / √variance, this process's share. `weighted_acts` must not be negative."""
+    return weighted_acts.sum() / (context.n_tokens * context.variance.sqrt())
 
 
 def dense_losses(

@@ -23,10 +23,18 @@ _BIN_SHIFT = 9
 
 
 class ThresholdSAE(SAE):
-    """An SAE with one inference threshold for all latents. Subclasses call `_add_threshold` in `__init__`."""
+    """An SAE with one inference threshold for all latents.
+
+    Subclasses call `_add_threshold` in `__init__`; one whose configuration may ask for another rule need not.
+    """
 
     threshold: Float[Tensor, ""]
     float32_tensors = ("threshold",)
+
+    @property
+    def has_threshold(self) -> bool:
+        """Whether this SAE's configuration asks for the threshold."""
+        return "threshold" in self._buffers
 
     @property
     def target_l0(self) -> int:
@@ -43,6 +51,8 @@ class ThresholdSAE(SAE):
     @torch.no_grad()
     def encode_sparse(self, x: Float[Tensor, "batch d_in"]) -> SparseLatents:
         """The nonzero entries of `encode(x)` in row-major order, without the dense array. Carries no gradient."""
+        if not self.has_threshold:
+            return super().encode_sparse(x)
         encoder = Encoder(self._encoder_input(x), self.W_enc, self.b_enc)
         return select_above(encoder, max(float(self.threshold), 0.0))
 
@@ -50,7 +60,8 @@ class ThresholdSAE(SAE):
     def scale_latents(self, factor: float) -> None:
         """See `SAE.scale_latents`."""
         super().scale_latents(factor)
-        self.threshold.mul_(factor)
+        if self.has_threshold:
+            self.threshold.mul_(factor)
 
     @torch.no_grad()
     def follow_threshold(self, smallest_kept: float, step: int) -> None:
@@ -70,6 +81,8 @@ class ThresholdSAE(SAE):
         Raises:
             ValueError: if `batches` holds no tokens.
         """
+        if not self.has_threshold:
+            raise ValueError(f"{self.config} has no threshold to calibrate. Only a selection over batches needs one.")
         counts = torch.zeros(2 ** (31 - _BIN_SHIFT), dtype=torch.int64)
         n_tokens = 0
         for batch in batches:
@@ -87,3 +100,8 @@ class ThresholdSAE(SAE):
         threshold = torch.tensor([bin_index << _BIN_SHIFT], dtype=torch.int32).view(torch.float32)[0]
         self.threshold.copy_(threshold)
         return float(threshold)
+
+
+def thresholded(sae: SAE) -> ThresholdSAE | None:
+    """`sae` if it has a threshold to calibrate, else None."""
+    return sae if isinstance(sae, ThresholdSAE) and sae.has_threshold else None

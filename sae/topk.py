@@ -10,6 +10,12 @@ from sae.objective import StepContext, StepLosses
 from sae.sparse_objective import select_topk, sparse_losses, training_encoder
 
 
+def keep_topk(pre_acts: Float[Tensor, "*batch d_sae"], k: int) -> Float[Tensor, "*batch d_sae"]:
+    """The k largest entries of each row where positive, zero elsewhere."""
+    values, indices = pre_acts.topk(k, dim=-1, sorted=False)
+    return torch.zeros_like(pre_acts).scatter_(-1, indices, values.relu())
+
+
 class TopKSAE(SAE):
     """Sparse autoencoder that keeps the k largest latents of each token.
 
@@ -28,8 +34,7 @@ class TopKSAE(SAE):
 
     def activate(self, pre_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
         """The k largest pre-activations of each token where positive, zero elsewhere; at most k nonzero per token."""
-        values, indices = pre_acts.topk(self.config.k, dim=-1, sorted=False)
-        return torch.zeros_like(pre_acts).scatter_(-1, indices, values.relu())
+        return keep_topk(pre_acts, self.config.k)
 
     def encode_sparse(self, x: Float[Tensor, "batch d_in"]) -> SparseLatents:
         """The nonzero entries of `encode(x)` in row-major order, without the dense array."""

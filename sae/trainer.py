@@ -24,7 +24,7 @@ from sae.normalise import Normaliser
 from sae.objective import StepContext, StepLosses
 from sae.optim import Optimizer, schedule
 from sae.parallel import Group
-from sae.threshold import ThresholdSAE
+from sae.threshold import thresholded
 
 Batch = Float[Tensor, "_ _"] | Sequence[Float[Tensor, "_ _"]]
 """One tensor (tokens, d_in), or one for each of `SAE.batch_widths`, rows of the same tokens."""
@@ -213,8 +213,8 @@ class Trainer:
     def _count(self, losses: StepLosses, n_tokens: int) -> None:
         self.tokens_since_fired += n_tokens
         self.tokens_since_fired[self.group.any(losses.fired)] = 0
-        if isinstance(self.sae, ThresholdSAE):
-            self.sae.follow_threshold(losses.smallest_kept, self.step)
+        if (sae := thresholded(self.sae)) is not None:
+            sae.follow_threshold(losses.smallest_kept, self.step)
         self._smallest_kept = losses.smallest_kept
 
     @property
