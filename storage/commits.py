@@ -3,7 +3,7 @@
     1 stage     every file of a shard goes to staging/<attempt>/ and is made durable, with its digest
     2 decide    commits/<shard>.json, which names attempt and digests, is created exclusively: this is the one decision
     3 install   the named files move to their keys; whoever finds a commit may repeat this, the result is the same
-    4 seal      when every shard is committed and installed, seal.json is created; then staging/ is emptied
+    4 seal      when every shard is committed and installed, seal.json is created; then staging/ and leases/ are emptied
 
 The loser of step 2 drops its own files and takes the winner's commit. Nothing that is not committed ever stands at a
 final key. All state is in the files, so that losing any process loses nothing. Both kinds of store (`activations`,
@@ -22,7 +22,7 @@ from typing import Any
 
 from storage.backends import Backend, Buffer, as_bytes
 from storage.errors import CorruptionError, FormatError, IncompleteError, NotFoundError, StorageError
-from storage.layout import COMMITS, KEEP, SEAL, STAGING, commit_key
+from storage.layout import COMMITS, KEEP, LEASES, SEAL, STAGING, commit_key
 from storage.spec import FORMAT_VERSION, canonical_json, check_version, parse_json_object
 
 
@@ -259,6 +259,7 @@ class CommitLog:
         for name in self.backend.list(STAGING):
             if name != KEEP:
                 self.backend.remove(f"{STAGING}/{name}")
+        self.backend.remove(LEASES)
 
     def require_complete(self) -> None:
         """Raises IncompleteError unless every shard is committed."""

@@ -19,10 +19,11 @@ TABLES = "tables.json"
 SEAL = "seal.json"
 COMMITS = "commits"
 STAGING = "staging"
+LEASES = "leases"
 GROUP = "data.zarr"
 KEEP = ".keep"
 """Empty file that keeps a directory through copies that drop empty ones."""
-RESERVED = frozenset({SPEC, TABLES, SEAL, COMMITS, STAGING, GROUP})
+RESERVED = frozenset({SPEC, TABLES, SEAL, COMMITS, STAGING, LEASES, GROUP})
 """Names in the root of a store that a sidecar may not take."""
 
 MIB = 2**20

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +34,7 @@ from storage.layout import (
     norms_array,
     table_array,
 )
+from storage.leases import DURATION_S, Leases, ShardQueue
 from storage.spec import (
     FORMAT_VERSION,
     TABLE_NAMES,
@@ -121,6 +122,14 @@ class ActivationWriter:
     def missing(self) -> list[int]:
         """Shards still to be written, ascending. Reads the directory each time, so it sees other workers' commits."""
         return self._log.missing()
+
+    def queue(self, shards: Iterable[int] | None = None, *, lease_s: float = DURATION_S) -> ShardQueue:
+        """The missing shards, or those given, to be taken one by one so that several drivers do not take the same.
+
+        Args:
+            lease_s: after how long the shards of a driver that cannot be heard of any more are free again.
+        """
+        return ShardQueue(self._log, Leases(self._backend, duration_s=lease_s), shards)
 
     def write_shard(
         self, shard: int, activations: Mapping[str, NDArray[Any]], *, info: Mapping[str, Any] | None = None
