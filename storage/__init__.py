@@ -12,7 +12,7 @@ speed of a memory map.
 `FORMAT.md` says what is on disk. This package knows bytes, not models: it imports neither `sae` nor `pipelines`.
 """
 
-from storage.activations import BOS, PADDING, SINK, SPECIAL, ActivationStore, Contexts
+from storage.activations import ActivationStore, Contexts
 from storage.errors import (
     AlreadyExistsError,
     CorruptionError,
@@ -25,7 +25,7 @@ from storage.errors import (
 from storage.integrity import Problem, Repair, repair, verify
 from storage.latents import LatentBlock, LatentStore, LatentWriter
 from storage.shuffle import ShuffledReader
-from storage.spec import HookSpec, StoreSpec, TableSpec, zarr_name
+from storage.spec import BOS, PADDING, SINK, SPECIAL, HookSpec, StoreSpec, TableSpec, zarr_name
 from storage.statistics import Statistics
 from storage.writer import ActivationWriter, Receipt
 

@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from storage.backends import Backend, backend_for
 from storage.commits import CommitLog
 from storage.errors import CorruptionError, IncompleteError, NotFoundError
-from storage.layout import activations_array, norms_array, table_array
+from storage.layout import activations_array, norms_array, scales_array, table_array
+from storage.quantisation import dequantise
 from storage.rows import RowReader
-from storage.spec import FLAGS, TABLE_NAMES, StoreSpec
+from storage.spec import BOS, FLAGS, PADDING, SINK, SPECIAL, TABLE_NAMES, StoreSpec
 from storage.statistics import Statistics
 from storage.writer import ActivationWriter, Path, Receipt, merged_statistics, read_spec, read_tables
 
@@ -31,12 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["ActivationStore", "ActivationWriter", "Contexts", "Receipt"]
 
 SINK_MULTIPLE = 3.0
-"""A token whose norm exceeds this many median norms is an attention sink."""
-
-
-BOS, PADDING, SPECIAL, SINK = 1, 2, 4, 8
-"""Bits of `ActivationStore.mask`: first token of a text, filler without meaning, other special token, attention sink.
-The first three are those of the table `flags`; a store without it has none of them."""
+"""A token whose norm reaches about this many median norms is an attention sink."""
 
 
 class Contexts(NamedTuple):
@@ -62,6 +58,11 @@ class ActivationStore:
             {hook.name: RowReader(backend, layout(spec, hook), verify=verify) for hook in spec.hooks}
             for layout in (activations_array, norms_array)
         )
+        self._scales = {
+            hook.name: RowReader(backend, scales_array(spec, hook), verify=verify)
+            for hook in spec.hooks
+            if hook.quantisation == "int8"
+        }
 
     @classmethod
     def open(
@@ -127,11 +128,29 @@ class ActivationStore:
         return tensor.view(torch.bfloat16) if self.spec.hook(hook).dtype == "bfloat16" else tensor
 
     def activations_numpy(self, hook: str, start: int, stop: int, *, out: NDArray[Any] | None = None) -> NDArray[Any]:
-        """As `activations`, but as stored: uint16 holds the bits of bfloat16. Copied into `out` if it is given."""
+        """As `activations`, but in NumPy: uint16 holds the bits of bfloat16. Copied into `out` if it is given, which
+        has the hook's `element_type`."""
         spec = self.spec.hook(hook)
         shape = (stop - start, self.spec.context_length, spec.d_in)
         flat = None if out is None else out.reshape(-1, spec.d_in)
-        return self._rows(self._activations[spec.name], start, stop, flat).reshape(shape)
+        if spec.quantisation == "none":
+            return self._rows(self._activations[spec.name], start, stop, flat).reshape(shape)
+        quantised = self._rows(self._activations[spec.name], start, stop, None)
+        scales = self._rows(self._scales[spec.name], start, stop, None)
+        return dequantise(quantised, scales, spec.dtype, flat).reshape(shape)
+
+    def compression_ratio(self, hook: str) -> float:
+        """Bytes of the activations as the hook's dtype has them, per byte of their files (with scales, if any)."""
+        spec = self.spec.hook(hook)
+        readers = [self._activations[spec.name], *([self._scales[spec.name]] if spec.name in self._scales else [])]
+        n_bytes = sum(
+            self._backend.size(reader.array.file_key(shard)) or 0
+            for reader in readers
+            for shard in range(self.spec.n_shards)
+        )
+        held = self.spec.n_shards - len(self.missing())
+        n_rows = min(held * self.spec.contexts_per_shard * self.spec.context_length, self.spec.n_tokens)
+        return n_rows * spec.d_in * np.dtype(spec.element_type).itemsize / n_bytes if n_bytes else float("nan")
 
     def norms(self, hook: str, start: int, stop: int) -> NDArray[np.float32]:
         """L2 norm of each activation of contexts [start, stop), float32 [stop - start, context_length]."""
@@ -149,7 +168,8 @@ class ActivationStore:
     def sink_mask(self, hook: str, start: int, stop: int, multiple: float = SINK_MULTIPLE) -> NDArray[np.bool_]:
         """True for rows that no figure may count, bool [stop - start, context_length]: attention sinks and padding.
 
-        A sink has position 0, or norm > multiple * the store's median norm. `mask` tells sinks and padding apart.
+        A sink has position 0, or a norm that is not below `Statistics.sink_threshold(multiple)` (so also one that is
+        not finite). `mask` tells sinks and padding apart.
         """
         mask: NDArray[np.bool_] = self.mask(hook, start, stop, multiple) & (SINK | PADDING) != 0
         return mask
@@ -163,8 +183,8 @@ class ActivationStore:
             mask: NDArray[np.uint8] = self._table(FLAGS, start, stop) & np.uint8(BOS | PADDING | SPECIAL)
         else:
             mask = np.zeros((stop - start, self.spec.context_length), np.uint8)
-        threshold = np.float32(multiple * self.statistics(hook).median_norm)
-        sinks = (self.norms(hook, start, stop) > threshold) | (self._table("position", start, stop) == 0)
+        below = self.norms(hook, start, stop) < self.statistics(hook).sink_threshold(multiple)
+        sinks = ~below | (self._table("position", start, stop) == 0)
         mask[sinks & (mask & PADDING == 0)] |= SINK
         return mask
 

@@ -23,7 +23,7 @@ from typing import Any
 from storage.backends import Backend, Buffer, as_bytes
 from storage.errors import CorruptionError, FormatError, IncompleteError, NotFoundError, StorageError
 from storage.layout import COMMITS, KEEP, LEASES, SEAL, STAGING, commit_key
-from storage.spec import FORMAT_VERSION, canonical_json, check_version, parse_json_object
+from storage.spec import FORMAT_VERSION, checked_json, parse_checked_json
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,7 @@ class CommitLog:
             data = self.backend.read(key)
         except NotFoundError:
             return None
-        value = parse_json_object(data, self.backend.location(key))
-        check_version(value, self.backend.location(key))
+        value = parse_checked_json(data, self.backend.location(key))
         if value.get("fingerprint") != self.fingerprint or value.get("shard") != shard:
             raise CorruptionError(
                 f"{self.backend.location(key)} must be the commit of shard {shard} of the store "
@@ -161,7 +160,7 @@ class CommitLog:
         }
         try:
             with attempt.removed_on_error():
-                self.backend.write(record, [canonical_json(value)])
+                self.backend.write(record, [checked_json(value)])
                 self.backend.sync(attempt.prefix)
                 self.backend.sync(STAGING)
             won = self.backend.publish(record, commit_key(attempt.shard))
@@ -247,7 +246,7 @@ class CommitLog:
         if self.backend.size(SEAL) is None:
             draft = f"{STAGING}/seal-{uuid.uuid4().hex}"
             try:
-                self.backend.write(draft, [canonical_json(value)])
+                self.backend.write(draft, [checked_json(value)])
                 self.backend.sync(STAGING)
                 self.backend.publish(draft, SEAL)
             except FileNotFoundError:  # another process sealed first and emptied staging/
@@ -285,8 +284,7 @@ class CommitLog:
                 f"{self.backend.location()} has all of its shards but is not sealed. Run the stage that writes it "
                 "again: it seals."
             ) from error
-        value = parse_json_object(data, self.backend.location(SEAL))
-        check_version(value, self.backend.location(SEAL))
+        value = parse_checked_json(data, self.backend.location(SEAL))
         if value.get("fingerprint") != self.fingerprint:
             raise CorruptionError(
                 f"{self.backend.location(SEAL)} seals the store {str(value.get('fingerprint'))[:12]}, but this is "

@@ -1,25 +1,35 @@
 """Bytes of one Zarr v3 chunk or shard, as the codecs in `layout` describe them.
 
     chunk = data, crc32c(data)                                  codecs: bytes (little endian), crc32c
+    chunk = blosc(data), crc32c(blosc(data))                    codecs: bytes (little endian), blosc, crc32c
     shard = chunk_0, chunk_1, …, index, crc32c(index)           codec: sharding_indexed, index at the end
     index = for each chunk slot: offset, length                 uint64 each; both 2^64 - 1 where there is no chunk
 
-Checksums are 4 bytes, little endian. Chunks of one shard are equally long and stand in order, without gaps.
-Source: Zarr v3 specification, codecs `bytes`, `crc32c` and `sharding_indexed` version 1.0.
+Checksums are 4 bytes, little endian. Chunks of one shard stand in order, without gaps, and are equally long unless they
+are compressed.
+Source: Zarr v3 specification, codecs `bytes`, `blosc`, `crc32c` and `sharding_indexed` version 1.0.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import google_crc32c
+import numcodecs.blosc
 import numpy as np
 from numpy.typing import NDArray
+
+from storage.spec import STORED_DTYPE
+
+numcodecs.blosc.use_threads = False  # blosc's own threads order blocks by chance; as zarr-python sets it too
 
 CHECKSUM_BYTES = 4
 MISSING = 2**64 - 1
 """Offset and length of a chunk slot that holds nothing."""
 BF16_NAN = 0x7FC0
+BLOSC: dict[str, Any] = {"cname": "zstd", "clevel": 1, "shuffle": "bitshuffle", "blocksize": 0}
+"""Settings of the codec `blosc`, but for `typesize`."""
 
 
 def crc32c(data: NDArray[Any] | bytes) -> bytes:
@@ -32,34 +42,60 @@ def index_bytes(n_slots: int) -> int:
     return 16 * n_slots + CHECKSUM_BYTES
 
 
-def encode_index(n_slots: int, n_chunks: int, stored_bytes: int) -> bytes:
-    """Index of a shard whose first `n_chunks` slots hold chunks of `stored_bytes` (data and checksum) each."""
+def encode_index(n_slots: int, lengths: Sequence[int]) -> bytes:
+    """Index of a shard whose first slots hold chunks of these lengths in bytes (data and checksum)."""
     index = np.full((n_slots, 2), MISSING, "<u8")
-    index[:n_chunks, 0] = np.arange(n_chunks, dtype=np.uint64) * np.uint64(stored_bytes)
-    index[:n_chunks, 1] = stored_bytes
+    index[: len(lengths), 1] = lengths
+    index[: len(lengths), 0] = np.cumsum([0, *lengths[:-1]]) if lengths else []
     return index.tobytes() + crc32c(index)
 
 
 def decode_index(data: NDArray[np.uint8], n_slots: int) -> NDArray[np.uint64]:
     """Offsets and lengths, [n_slots, 2], from the bytes of a whole shard.
 
-    Raises: ValueError if the index does not match its checksum.
+    Raises: ValueError if the index does not match its checksum, or the file is too short to hold one.
     """
+    if data.size < index_bytes(n_slots):
+        raise ValueError(f"the file must end with a shard index of {index_bytes(n_slots)} bytes, but has {data.size}")
     tail = data[data.size - index_bytes(n_slots) :]
     if crc32c(tail[:-CHECKSUM_BYTES]) != tail[-CHECKSUM_BYTES:].tobytes():
         raise ValueError("the shard index does not match its checksum")
     return np.frombuffer(tail[:-CHECKSUM_BYTES], "<u8").reshape(n_slots, 2)
 
 
+def compress(chunk: NDArray[Any]) -> bytes:
+    """The chunk by blosc; equal chunks give equal bytes. Releases the interpreter's lock."""
+    data: bytes = numcodecs.blosc.compress(
+        np.ascontiguousarray(chunk), BLOSC["cname"].encode(), BLOSC["clevel"], numcodecs.blosc.BITSHUFFLE, 0
+    )
+    return data
+
+
+def decompress(data: NDArray[np.uint8], out: NDArray[Any]) -> None:
+    """Fills `out` (contiguous) with what `compress` was given.
+
+    Raises: ValueError if the data does not hold exactly that many bytes, or is damaged.
+    """
+    n_bytes, _, n_stored = np.frombuffer(data[4:16], "<u4") if data.size >= 16 else (0, 0, 0)
+    if n_bytes != out.nbytes or n_stored != data.size:  # a blosc header: these three after four single bytes
+        raise ValueError(f"it must be {out.nbytes:,} bytes in blosc, but its header says {n_bytes:,}")
+    try:
+        numcodecs.blosc.decompress(data, out.reshape(-1).view(np.uint8))
+    except RuntimeError as error:
+        raise ValueError(f"it does not decompress: {error}") from error
+
+
 def fill_value(dtype: np.dtype[Any]) -> int | float:
     """What an element that was never written reads as.
 
-    NaN, whose bfloat16 pattern is 0x7FC0; for integers -1, or the greatest value if there is no negative one.
+    NaN, whose bfloat16 pattern is 0x7FC0; for integers -128 (int8), -1 (wider) or the greatest value (unsigned).
     """
     if dtype == np.uint16:
         return BF16_NAN
     if dtype.kind == "u":
         return int(np.iinfo(dtype).max)
+    if dtype == np.int8:
+        return -128
     return float("nan") if dtype.kind == "f" else -1
 
 
@@ -77,3 +113,11 @@ def to_bfloat16_bits(values: NDArray[Any]) -> NDArray[np.uint16]:
     rounded = ((bits + (((bits >> 16) & 1) + 0x7FFF)) >> 16).astype(np.uint16)
     rounded[np.isnan(values)] = BF16_NAN
     return rounded
+
+
+def stored_as(values: NDArray[Any], dtype: str) -> NDArray[Any]:
+    """Floats in the stored form of a hook's type: the bits for bfloat16, rounded to nearest even; not copied if they
+    are in it already."""
+    if dtype == "bfloat16":
+        return values if values.dtype == np.uint16 else to_bfloat16_bits(values)
+    return values.astype(STORED_DTYPE[dtype], copy=False)

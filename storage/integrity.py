@@ -12,7 +12,7 @@ from storage.backends import Backend, ByteSource, backend_for
 from storage.commits import CommitLog
 from storage.errors import IncompleteError, NotFoundError, StorageError
 from storage.latents import META, LatentWriter, latent_commit_log, read_meta
-from storage.layout import SEAL, SPEC, TABLES, activations_array, metadata_files, norms_array
+from storage.layout import SEAL, SPEC, TABLES, metadata_files, shard_arrays
 from storage.spec import canonical_json
 from storage.writer import ActivationWriter, Path, read_spec, read_tables
 
@@ -85,7 +85,7 @@ def verify(path: Path, fast: bool = False, *, backend: Backend | None = None) ->
     problems += _check_commits(backend, log, fast)
     for shard in log.missing():
         for hook in spec.hooks:
-            for array in (activations_array(spec, hook), norms_array(spec, hook)):
+            for array in shard_arrays(spec, hook):
                 if backend.size(array.file_key(shard)) is not None:
                     key = array.file_key(shard)
                     problems.append(Problem(key, shard, "not committed", "a file stands here without a commit"))

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from storage.encoding import CHECKSUM_BYTES, fill_value, index_bytes
-from storage.spec import STORED_DTYPE, HookSpec, StoreSpec, canonical_json, zarr_name
+from storage.encoding import BLOSC, CHECKSUM_BYTES, fill_value, index_bytes
+from storage.spec import HookSpec, StoreSpec, canonical_json, zarr_name
 
 SPEC = "spec.json"
 TABLES = "tables.json"
@@ -40,6 +40,7 @@ class ArrayLayout:
     rows_per_chunk: int
     sharded: bool
     attributes: tuple[tuple[str, str], ...] = ()
+    compressed: bool = False
 
     @property
     def is_table(self) -> bool:
@@ -54,6 +55,10 @@ class ArrayLayout:
     def slots_per_file(self) -> int:
         """Chunks that a whole file has room for."""
         return self.rows_per_file // self.rows_per_chunk
+
+    @property
+    def chunk_shape(self) -> tuple[int, ...]:
+        return self.rows_per_chunk, *self.shape[1:]
 
     @property
     def chunk_bytes(self) -> int:
@@ -73,7 +78,7 @@ class ArrayLayout:
         return -(-self.rows_in_file(file) // self.rows_per_chunk)
 
     def file_bytes(self, file: int) -> int:
-        """Exact size of a file."""
+        """Exact size of a file; what it would be without compression if the array is compressed."""
         data = self.chunks_in_file(file) * self.stored_chunk_bytes
         return data + index_bytes(self.slots_per_file) if self.sharded else data
 
@@ -88,12 +93,16 @@ class ArrayLayout:
             {"name": "bytes", "configuration": {"endian": "little"}},
             {"name": "crc32c"},
         ]
+        index_codecs = chunk_codecs
+        if self.compressed:
+            blosc = {"name": "blosc", "configuration": BLOSC | {"typesize": self.dtype.itemsize}}
+            chunk_codecs = [chunk_codecs[0], blosc, chunk_codecs[1]]
         codecs = chunk_codecs
         if self.sharded:
             configuration = {
                 "chunk_shape": [self.rows_per_chunk, *self.shape[1:]],
                 "codecs": chunk_codecs,
-                "index_codecs": chunk_codecs,
+                "index_codecs": index_codecs,
                 "index_location": "end",
             }
             codecs = [{"name": "sharding_indexed", "configuration": configuration}]
@@ -123,7 +132,7 @@ def contexts_per_chunk(spec: StoreSpec, hook: HookSpec) -> int:
     If that exceeds 8 MiB, the most that stay within 8 MiB (at least one). Smaller chunks cost every Zarr reader time
     per chunk, larger ones make a single context dear to read.
     """
-    context_bytes = spec.context_length * hook.d_in * np.dtype(STORED_DTYPE[hook.dtype]).itemsize
+    context_bytes = spec.context_length * hook.d_in * np.dtype(hook.stored_type).itemsize
     divisors = [n for n in range(1, spec.contexts_per_shard + 1) if spec.contexts_per_shard % n == 0]
     small_enough = [n for n in divisors if n * context_bytes <= 8 * MIB] or [1]
     return next((n for n in small_enough if n * context_bytes >= 2 * MIB), small_enough[-1])
@@ -131,22 +140,41 @@ def contexts_per_chunk(spec: StoreSpec, hook: HookSpec) -> int:
 
 def activations_array(spec: StoreSpec, hook: HookSpec) -> ArrayLayout:
     """`activations` of a hook: one row per token, one file per shard, chunks of whole contexts."""
+    attributes = [("hook_name", hook.name), ("logical_dtype", hook.dtype)]
+    if hook.quantisation == "int8":
+        attributes += [("quantisation", "int8"), ("scales", "../scales")]
     return ArrayLayout(
         key=f"{GROUP}/hooks/{zarr_name(hook.name)}/activations",
         shape=(spec.n_tokens, hook.d_in),
-        dtype=np.dtype(STORED_DTYPE[hook.dtype]),
+        dtype=np.dtype(hook.stored_type),
         rows_per_file=spec.contexts_per_shard * spec.context_length,
         rows_per_chunk=contexts_per_chunk(spec, hook) * spec.context_length,
         sharded=True,
-        attributes=(("hook_name", hook.name), ("logical_dtype", hook.dtype)),
+        attributes=tuple(attributes),
+        compressed=hook.compression == "blosc",
     )
 
 
 def norms_array(spec: StoreSpec, hook: HookSpec) -> ArrayLayout:
     """`norms` of a hook: the L2 norm of each row, one file per shard."""
+    return _float_per_row(spec, hook, "norms")
+
+
+def scales_array(spec: StoreSpec, hook: HookSpec) -> ArrayLayout:
+    """`scales` of a quantised hook: the factor of each row, one file per shard."""
+    return _float_per_row(spec, hook, "scales")
+
+
+def shard_arrays(spec: StoreSpec, hook: HookSpec) -> list[ArrayLayout]:
+    """The arrays of a hook of which every shard has one file each."""
+    scales = [scales_array(spec, hook)] if hook.quantisation == "int8" else []
+    return [activations_array(spec, hook), *scales, norms_array(spec, hook)]
+
+
+def _float_per_row(spec: StoreSpec, hook: HookSpec, name: str) -> ArrayLayout:
     rows = spec.contexts_per_shard * spec.context_length
     return ArrayLayout(
-        key=f"{GROUP}/hooks/{zarr_name(hook.name)}/norms",
+        key=f"{GROUP}/hooks/{zarr_name(hook.name)}/{name}",
         shape=(spec.n_tokens,),
         dtype=np.dtype(np.float32),
         rows_per_file=rows,
@@ -177,7 +205,7 @@ def metadata_files(spec: StoreSpec) -> dict[str, bytes]:
     arrays = [table_array(spec, name) for name in spec.table_dtypes]
     for hook in spec.hooks:
         files[f"{GROUP}/hooks/{zarr_name(hook.name)}/zarr.json"] = group_metadata({"hook_name": hook.name})
-        arrays += [activations_array(spec, hook), norms_array(spec, hook)]
+        arrays += shard_arrays(spec, hook)
     return files | {f"{array.key}/zarr.json": array.metadata() for array in arrays}
 
 

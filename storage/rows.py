@@ -13,11 +13,13 @@ from numpy.typing import NDArray
 
 from storage.backends import Backend, ByteSource
 from storage.commits import advice
-from storage.encoding import CHECKSUM_BYTES, crc32c, decode_index, index_bytes
+from storage.encoding import CHECKSUM_BYTES, crc32c, decode_index, decompress, index_bytes
 from storage.errors import CorruptionError, NotFoundError
 from storage.layout import ArrayLayout
 
 MAX_OPEN_FILES = 32
+MAX_KEPT_CHUNKS = 2
+"""Decompressed chunks that a reader holds, of 2 to 8 MiB each."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +41,7 @@ class RowReader:
         self._backend = backend
         self._verify = verify
         self._files: OrderedDict[int, _MappedFile] = OrderedDict()
+        self._kept: OrderedDict[tuple[int, int], NDArray[Any]] = OrderedDict()
         self._lock = threading.Lock()
         slots = array.rows_per_file // array.rows_per_chunk
         self._verified = np.zeros((array.n_files, slots), bool) if verify else None
@@ -64,21 +67,46 @@ class RowReader:
         return out
 
     def _chunk(self, file: int, chunk: int) -> NDArray[Any]:
+        array = self.array
         mapped = self._file(file)
         offset, length = (int(value) for value in mapped.chunks[chunk])
-        if length != self.array.chunk_bytes + CHECKSUM_BYTES or offset + length > mapped.data.size:
+        if (length != array.stored_chunk_bytes and not array.compressed) or offset + length > mapped.data.size:
             raise self._corrupt(
                 file,
-                f"chunk {chunk} must have {self.array.chunk_bytes + CHECKSUM_BYTES} bytes inside of the file, "
+                f"chunk {chunk} must have {array.stored_chunk_bytes} bytes inside of the file, "
                 f"but the index says {length} at {offset}",
             )
+        if array.compressed:
+            return self._decompressed(file, chunk, mapped, offset, length)
+        return self._verified_bytes(file, chunk, mapped, offset, length).view(array.dtype).reshape(array.chunk_shape)
+
+    def _verified_bytes(
+        self, file: int, chunk: int, mapped: _MappedFile, offset: int, length: int
+    ) -> NDArray[np.uint8]:
+        """A chunk as it is stored, without its checksum, once that is tested."""
         stored = mapped.data[offset : offset + length]
-        data = stored[: self.array.chunk_bytes]
+        data = stored[: length - CHECKSUM_BYTES]
         if self._verified is not None and not self._verified[file, chunk]:
-            if crc32c(data) != stored[self.array.chunk_bytes :].tobytes():
+            if crc32c(data) != stored[length - CHECKSUM_BYTES :].tobytes():
                 raise self._corrupt(file, f"chunk {chunk} must match its checksum, but it does not")
             self._verified[file, chunk] = isinstance(mapped.data, np.ndarray)  # what is fetched again is tested again
-        return data.view(self.array.dtype).reshape(self.array.rows_per_chunk, *self.array.shape[1:])
+        return data
+
+    def _decompressed(self, file: int, chunk: int, mapped: _MappedFile, offset: int, length: int) -> NDArray[Any]:
+        """A compressed chunk's rows. The last few are kept, since contexts of one chunk are often read in turn."""
+        with self._lock:
+            kept = self._kept.pop((file, chunk), None)
+        if kept is None:
+            kept = np.empty(self.array.chunk_shape, self.array.dtype)
+            try:
+                decompress(self._verified_bytes(file, chunk, mapped, offset, length), kept)
+            except ValueError as error:
+                raise self._corrupt(file, f"chunk {chunk} must decompress: {error}") from error
+        with self._lock:
+            self._kept[file, chunk] = kept
+            if len(self._kept) > MAX_KEPT_CHUNKS:
+                self._kept.popitem(last=False)
+        return kept
 
     def _file(self, file: int) -> _MappedFile:
         with self._lock:
@@ -94,13 +122,17 @@ class RowReader:
             data = self._backend.open(key)
         except NotFoundError as error:
             raise self._corrupt(file, "the file must exist, but it is missing") from error
-        if data.size != array.file_bytes(file):
+        if not array.compressed and data.size != array.file_bytes(file):
             raise self._corrupt(file, f"the file must have {array.file_bytes(file):,} bytes, but it has {data.size:,}")
         if not array.sharded:
             return _MappedFile(data, np.array([[0, data.size]], np.uint64))
         try:
-            index = data[data.size - index_bytes(array.slots_per_file) : data.size]
-            return _MappedFile(data, decode_index(index, array.slots_per_file))
+            index = data[max(0, data.size - index_bytes(array.slots_per_file)) : data.size]
+            chunks = decode_index(index, array.slots_per_file)
+            stored = int(chunks[: array.chunks_in_file(file), 1].sum()) + index.size
+            if array.compressed and stored != data.size:
+                raise ValueError(f"the file must have {stored:,} bytes, but it has {data.size:,}")
+            return _MappedFile(data, chunks)
         except ValueError as error:
             raise self._corrupt(file, str(error)) from error
 

@@ -11,22 +11,27 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
-from storage.errors import FormatError, SpecMismatchError
+from storage.errors import CorruptionError, FormatError, SpecMismatchError
 
 FORMAT_VERSION = 1
 
 Split = Literal["train", "heldout", "all"]
 DTypeName = Literal["bfloat16", "float16", "float32"]
+Quantisation = Literal["none", "int8"]
+Compression = Literal["none", "blosc"]
 TableDType = Literal["uint8", "int8", "int16", "int32", "uint32"]
 TABLE_NAMES = ("tokens", "document", "position")
 """The per-token tables that every store has, int32 each."""
 FLAGS = "flags"
 """Name of the extra table whose bits `BOS`, `PADDING` and `SPECIAL` a store understands."""
 STORED_DTYPE: Mapping[str, str] = {"bfloat16": "uint16", "float16": "float16", "float32": "float32"}
-"""Element type in the Zarr array. Zarr v3 has no bfloat16, so its bits are stored as uint16."""
+"""Element type in which rows are read, and stored unless quantised. Zarr v3 has no bfloat16: uint16 holds its bits."""
+BOS, PADDING, SPECIAL, SINK = 1, 2, 4, 8
+"""Bits of `ActivationStore.mask`: first token of a text, filler without meaning, other special token, attention sink.
+The first three are those of the table `flags`; a store without it has none of them."""
 
 _TABLE_NAME = re.compile(r"[a-z][a-z0-9_]*")
 _MODULE_PATH = re.compile(r"[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*")
@@ -49,6 +54,28 @@ def parse_json_object(data: bytes, where: str) -> dict[str, Any]:
         raise FormatError(f"{where} must be a JSON object, but it does not parse: {error}.") from error
     if not isinstance(value, dict):
         raise FormatError(f"{where} must be a JSON object, but it holds a {type(value).__name__}.")
+    return value
+
+
+def checked_json(value: Mapping[str, Any]) -> bytes:
+    """Canonical JSON of `value` and, under `sha256`, the digest of the canonical JSON of the rest."""
+    return canonical_json({**value, "sha256": hashlib.sha256(canonical_json(value)).hexdigest()})
+
+
+def parse_checked_json(data: bytes, where: str) -> dict[str, Any]:
+    """What `checked_json` was given.
+
+    Raises: FormatError if it is not JSON or of another format version; CorruptionError if any bit of it was changed.
+    """
+    value = parse_json_object(data, where)
+    check_version(value, where)
+    digest = value.pop("sha256", None)
+    if data != checked_json(value):
+        raise CorruptionError(
+            f"{where} must match the digest in it, but it says {str(digest)[:12]} and is "
+            f"{hashlib.sha256(canonical_json(value)).hexdigest()[:12]}: it was changed after it was written. "
+            "Restore the file from a copy, or run `sae verify` with `--repair`."
+        )
     return value
 
 
@@ -80,17 +107,33 @@ class HookSpec:
     d_in: int
     """Width of one activation."""
     dtype: DTypeName = "bfloat16"
-    """Element type of the activations as the model gave them."""
+    """Element type in which the activations are read, and stored unless they are quantised."""
+    quantisation: Quantisation = "none"
+    """`int8`: a byte per element and a float32 scale per token (`quantisation`)."""
+    compression: Compression = "none"
+    """`blosc`: zstd after a bit shuffle. A compressed file cannot be read through a memory map."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", canonical_hook_name(self.name))
         zarr_name(self.name)
         if self.d_in < 1:
             raise ValueError(f"d_in of hook {self.name!r} must be at least 1, got {self.d_in}.")
-        if self.dtype not in get_args(DTypeName):
-            raise ValueError(
-                f"dtype of hook {self.name!r} must be one of {', '.join(get_args(DTypeName))}; got {self.dtype!r}."
-            )
+        for name, allowed in (("dtype", DTypeName), ("quantisation", Quantisation), ("compression", Compression)):
+            if getattr(self, name) not in get_args(allowed):
+                raise ValueError(
+                    f"{name} of hook {self.name!r} must be one of {', '.join(get_args(allowed))}; "
+                    f"got {getattr(self, name)!r}."
+                )
+
+    @property
+    def element_type(self) -> str:
+        """NumPy type of the rows that readers give; uint16 holds the bits of bfloat16."""
+        return STORED_DTYPE[self.dtype]
+
+    @property
+    def stored_type(self) -> str:
+        """NumPy type of the rows in the Zarr array."""
+        return "int8" if self.quantisation == "int8" else self.element_type
 
 
 @dataclass(frozen=True)
@@ -206,8 +249,8 @@ class StoreSpec:
             "context_length": self.context_length,
             "contexts_per_shard": self.contexts_per_shard,
             "n_train_contexts": self.n_train_contexts,
-            "hooks": [{"name": hook.name, "d_in": hook.d_in, "dtype": hook.dtype} for hook in self.hooks],
-            "tables": [{"name": table.name, "dtype": table.dtype} for table in self.tables],
+            "hooks": [asdict(hook) for hook in self.hooks],
+            "tables": [asdict(table) for table in self.tables],
             "provenance": dict(self.provenance),
         }
 

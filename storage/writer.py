@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.backends import Backend, Buffer, backend_for
+from storage.backends import Backend, Buffer, as_bytes, backend_for
 from storage.commits import Attempt, Commit, CommitLog
-from storage.encoding import crc32c, encode_index, fill_value, to_bfloat16_bits
+from storage.encoding import CHECKSUM_BYTES, compress, crc32c, encode_index, fill_value, stored_as, to_float32
 from storage.errors import AlreadyExistsError, CorruptionError, NotFoundError, SpecMismatchError
 from storage.layout import (
     COMMITS,
@@ -32,22 +33,32 @@ from storage.layout import (
     activations_array,
     metadata_files,
     norms_array,
+    scales_array,
+    shard_arrays,
     table_array,
 )
 from storage.leases import DURATION_S, Leases, ShardQueue
+from storage.quantisation import dequantise, quantise
+from storage.rows import RowReader
 from storage.spec import (
+    FLAGS,
     FORMAT_VERSION,
+    PADDING,
     TABLE_NAMES,
     HookSpec,
     StoreSpec,
     canonical_json,
     check_version,
+    checked_json,
+    parse_checked_json,
     parse_json_object,
     require_equal_settings,
 )
 from storage.statistics import Statistics, merge, summarise
 
 Path = str | os.PathLike[str]
+COMPRESSING = 2
+"""Chunks that are compressed at the same time."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +82,11 @@ class ActivationWriter:
         self.spec = spec
         self._backend = backend
         self._log = CommitLog(backend, spec.fingerprint, spec.n_shards)
+        self._tables = {
+            name: RowReader(backend, table_array(spec, name), verify=True)
+            for name in ("position", FLAGS)
+            if name in spec.table_dtypes
+        }
 
     @classmethod
     def create(
@@ -138,7 +154,7 @@ class ActivationWriter:
 
         Args:
             activations: per hook name [n_contexts of the shard, context_length, d_in]; for a bfloat16 hook uint16 (the
-                bits) or floats, which are rounded to nearest even; otherwise floats.
+                bits) or floats; otherwise floats. What is not stored as it is given is rounded to nearest even.
             info: JSON values to keep in the commit: versions, device, time. Not part of any digest.
         Returns: the receipt of the commit that stands, this call's or an earlier one's.
         Raises: ValueError if hooks, shapes or dtypes are not those of the spec.
@@ -150,9 +166,13 @@ class ActivationWriter:
             self._log.roll_forward(standing)
             return self._receipt(standing, written=False)
         attempt = self._log.begin(shard)
+        first = self._tables["position"].read(start, stop).ravel() == 0
+        padding = np.zeros(len(first), bool)
+        if FLAGS in self._tables:
+            padding = self._tables[FLAGS].read(start, stop).ravel() & PADDING != 0
         with attempt.removed_on_error():
             statistics = {
-                hook.name: self._stage_hook(attempt, shard, hook, rows[hook.name]) for hook in self.spec.hooks
+                hook.name: self._stage_hook(attempt, hook, rows[hook.name], first, padding) for hook in self.spec.hooks
             }
         payload = {
             "contexts": [start, stop],
@@ -182,18 +202,48 @@ class ActivationWriter:
         No reader or other writer may be at work.
         """
         self.spec.shard_range(shard)
-        arrays = [make(self.spec, hook) for hook in self.spec.hooks for make in (activations_array, norms_array)]
+        arrays = [array for hook in self.spec.hooks for array in shard_arrays(self.spec, hook)]
         self._log.discard(shard, [array.file_key(shard) for array in arrays])
 
-    def _stage_hook(self, attempt: Attempt, shard: int, hook: HookSpec, rows: NDArray[Any]) -> Statistics:
-        array, norms_layout = activations_array(self.spec, hook), norms_array(self.spec, hook)
-        with ThreadPoolExecutor(
-            max_workers=1
-        ) as pool:  # one thread writes and syncs while this one takes the statistics
-            writing = pool.submit(attempt.write, array.file_key(shard), file_buffers(array, shard, rows))
-            statistics, norms = summarise(rows)
+    def _stage_hook(
+        self,
+        attempt: Attempt,
+        hook: HookSpec,
+        given: NDArray[Any],
+        first: NDArray[np.bool_],
+        padding: NDArray[np.bool_],
+    ) -> Statistics:
+        """Stages the files of one hook; the statistics are taken while another thread writes and syncs."""
+
+        def write(array: ArrayLayout, rows: NDArray[Any]) -> None:
+            attempt.write(array.file_key(attempt.shard), file_buffers(array, attempt.shard, rows))
+
+        quantised = quantise(given, hook.dtype) if hook.quantisation == "int8" else None
+        stored = given if quantised is None else quantised.values
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            writing = pool.submit(write, activations_array(self.spec, hook), stored)
+            if quantised is None:
+                statistics, norms, _ = summarise(stored, first=first, padding=padding)
+            else:
+                values, scales, squared_error, squared_sum = quantised
+                statistics, norms, ordinary = summarise(
+                    values,
+                    first=first,
+                    padding=padding,
+                    decode=lambda chosen: to_float32(dequantise(values[chosen], scales[chosen], hook.dtype)),
+                )
+                lost = to_float32(given[np.isnan(scales) & ~padding])
+                statistics = replace(
+                    statistics,
+                    n_nan=int(np.isnan(lost).sum()),
+                    n_inf=int(np.isinf(lost).sum()),
+                    squared_error=float(squared_error[ordinary].sum()),
+                    squared_sum=float(squared_sum[ordinary].sum()),
+                )
             writing.result()
-        attempt.write(norms_layout.file_key(shard), file_buffers(norms_layout, shard, norms))
+        if quantised is not None:
+            write(scales_array(self.spec, hook), quantised.scales)
+        write(norms_array(self.spec, hook), norms)
         return statistics
 
     def _checked_rows(self, shard: int, activations: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -211,9 +261,8 @@ class ActivationWriter:
             elif not (values.dtype.kind == "f" or (values.dtype == np.uint16 and hook.dtype == "bfloat16")):
                 problems.append(f"hook {hook.name!r} must hold {hook.dtype} values, got {values.dtype}")
             else:
-                stored = activations_array(self.spec, hook).dtype
-                if values.dtype != stored:
-                    values = to_bfloat16_bits(values) if hook.dtype == "bfloat16" else values.astype(stored)
+                if hook.quantisation == "none":
+                    values = stored_as(values, hook.dtype)
                 rows[hook.name] = np.ascontiguousarray(values).reshape(-1, hook.d_in)
         if problems:
             raise ValueError(
@@ -232,6 +281,19 @@ class ActivationWriter:
 
 def file_buffers(array: ArrayLayout, file: int, rows: NDArray[Any]) -> Iterator[Buffer]:
     """The bytes of one file of an array, chunk by chunk; nothing is copied but the last, padded chunk."""
+    lengths = []
+    chunks: Iterator[bytes] | Iterator[NDArray[Any]] = _chunks(array, rows)
+    if array.compressed:
+        chunks = _compressed(_chunks(array, rows))
+    for chunk in chunks:
+        yield chunk
+        yield crc32c(chunk)
+        lengths.append(as_bytes(chunk).nbytes + CHECKSUM_BYTES)
+    if array.sharded:
+        yield encode_index(array.slots_per_file, lengths)
+
+
+def _chunks(array: ArrayLayout, rows: NDArray[Any]) -> Iterator[NDArray[Any]]:
     for start in range(0, len(rows), array.rows_per_chunk):
         chunk = rows[start : start + array.rows_per_chunk]
         if len(chunk) < array.rows_per_chunk:
@@ -239,9 +301,18 @@ def file_buffers(array: ArrayLayout, file: int, rows: NDArray[Any]) -> Iterator[
             padded[: len(chunk)] = chunk
             chunk = padded
         yield chunk
-        yield crc32c(chunk)
-    if array.sharded:
-        yield encode_index(array.slots_per_file, array.chunks_in_file(file), array.stored_chunk_bytes)
+
+
+def _compressed(chunks: Iterator[NDArray[Any]]) -> Iterator[bytes]:
+    """The chunks compressed, in order, `COMPRESSING` at a time."""
+    with ThreadPoolExecutor(max_workers=COMPRESSING) as pool:
+        under_way: deque[Future[bytes]] = deque()
+        for chunk in chunks:
+            under_way.append(pool.submit(compress, chunk))
+            if len(under_way) > COMPRESSING:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
 
 
 def merged_statistics(log: CommitLog, spec: StoreSpec) -> dict[str, Any]:
@@ -313,7 +384,7 @@ def _store_files(
         yield record(name, data)
     yield (
         TABLES,
-        canonical_json(
+        checked_json(
             {
                 "format_version": FORMAT_VERSION,
                 "fingerprint": spec.fingerprint,
@@ -349,7 +420,7 @@ def _require_same_store(backend: Backend, spec: StoreSpec, digests: Mapping[str,
 
 def read_tables(backend: Backend, spec: StoreSpec) -> dict[str, Any]:
     """`tables.json`: digests of everything that a store has from the start."""
-    value = parse_json_object(backend.read(TABLES), backend.location(TABLES))
+    value = parse_checked_json(backend.read(TABLES), backend.location(TABLES))
     if value.get("fingerprint") != spec.fingerprint:
         raise CorruptionError(
             f"{backend.location(TABLES)} belongs to the store {str(value.get('fingerprint'))[:12]}, but {SPEC} is "

@@ -18,6 +18,14 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def coded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sealed store with quantised and compressed hooks; not to be changed."""
+    path = tmp_path_factory.mktemp("coded") / "activations"
+    example_store.build(path, example_store.coded_spec())
+    return path
+
+
 @pytest.fixture
 def damaged(built: Path, tmp_path: Path) -> Path:
     """A copy of it to damage."""

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from storage import ActivationWriter, HookSpec, StoreSpec, TableSpec
 from storage.backends import Backend
 
-WIDE, NARROW = "model.layers.8", "model.layers.1:input"
+WIDE, NARROW, DEEP = "model.layers.8", "model.layers.1:input", "model.layers.11"
 SIDECARS = {"documents.parquet": b"opaque"}
 
 
@@ -24,6 +24,16 @@ def spec(*, n_contexts: int = 10, context_length: int = 8, contexts_per_shard: i
         tables=(TableSpec("flags", "uint8"), TableSpec("source", "int16")),
         provenance={"model": {"id": "tiny", "sha256": "00"}, "seed": seed},
     )
+
+
+def coded_spec() -> StoreSpec:
+    """As `spec`, but one hook is quantised, one compressed, and a third both."""
+    hooks = (
+        HookSpec(WIDE, 12, quantisation="int8"),
+        HookSpec(NARROW, 4, "float32", compression="blosc"),
+        HookSpec(DEEP, 12, "float32", quantisation="int8", compression="blosc"),
+    )
+    return StoreSpec(**{**vars(spec()), "hooks": hooks})
 
 
 def tables(spec: StoreSpec) -> dict[str, NDArray[np.int64]]:
@@ -46,11 +56,12 @@ def extra_tables(spec: StoreSpec) -> dict[str, NDArray[np.int64]]:
 
 
 def activations(spec: StoreSpec, seed: int = 0) -> dict[str, NDArray[np.uint16] | NDArray[np.float32]]:
-    """All activations per hook [n_contexts, context_length, d_in], as stored; finite, none zero."""
+    """All activations per hook [n_contexts, context_length, d_in], as given; finite, none zero."""
     rng = np.random.default_rng(seed)
     wide = rng.normal(3.0, 1.0, (spec.n_contexts, spec.context_length, 12)).astype(np.float32)
     narrow = rng.normal(-1.0, 2.0, (spec.n_contexts, spec.context_length, 4)).astype(np.float32)
-    return {WIDE: (wide.view(np.uint32) >> 16).astype(np.uint16), NARROW: narrow}
+    values = {WIDE: (wide.view(np.uint32) >> 16).astype(np.uint16), NARROW: narrow, DEEP: wide}
+    return {hook.name: values[hook.name] for hook in spec.hooks}
 
 
 def fill(writer: ActivationWriter, seed: int = 0) -> None:

@@ -13,6 +13,7 @@ from example_store import NARROW, WIDE
 
 from storage import (
     PADDING,
+    SINK,
     ActivationStore,
     ActivationWriter,
     AlreadyExistsError,
@@ -70,8 +71,9 @@ def test_sinks_are_first_positions_and_large_norms(tmp_path: Path) -> None:
     writer.seal()
     store = ActivationStore.open(tmp_path / "s")
     mask = store.sink_mask(NARROW, 0, 10)
-    median = np.median(np.linalg.norm(values[NARROW], axis=2))
-    expected = (np.linalg.norm(values[NARROW], axis=2) > 3 * median) | (store.position == 0)
+    norms = np.linalg.norm(values[NARROW], axis=2)
+    counted = (store.position > 0) & (TABLES["tables"]["flags"] != PADDING)
+    expected = (norms > 3 * np.median(norms[counted])) | (store.position == 0)
     expected |= TABLES["tables"]["flags"] == PADDING
     assert (mask == expected).all()
     assert mask[5, 2]
@@ -79,12 +81,22 @@ def test_sinks_are_first_positions_and_large_norms(tmp_path: Path) -> None:
     assert store.sink_mask(NARROW, 0, 10, multiple=1e9).sum() == (store.position == 0).sum() + 2  # two padding tokens
 
 
-def test_statistics_cover_all_shards(built: Path) -> None:
-    statistics = ActivationStore.open(built).statistics(NARROW)
-    rows = VALUES[NARROW].reshape(-1, 4).astype(np.float64)
-    assert statistics.count == 80
+def test_statistics_cover_the_ordinary_rows_of_all_shards(built: Path) -> None:
+    store = ActivationStore.open(built)
+    statistics = store.statistics(NARROW)
+    rows = VALUES[NARROW].astype(np.float64)[~store.sink_mask(NARROW, 0, 10)]
+    assert statistics.count == len(rows) == 80 - 20 - 2
+    assert (statistics.n_first, statistics.n_padding) == (20, 2)
     np.testing.assert_allclose(statistics.mean, rows.mean(axis=0), rtol=1e-6)
     np.testing.assert_allclose(statistics.m2, ((rows - rows.mean(axis=0)) ** 2).sum(axis=0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("multiple", [0.5, 1.0, 1.5, 3.0])
+def test_statistics_count_the_sinks_that_the_mask_shows(built: Path, multiple: float) -> None:
+    store = ActivationStore.open(built)
+    for hook in (WIDE, NARROW):
+        sinks = store.mask(hook, 0, 10, multiple) & SINK
+        assert store.statistics(hook).n_sinks(multiple) == (sinks > 0).sum()
 
 
 def test_stock_zarr_opens_the_group_without_warnings(built: Path) -> None:
@@ -222,7 +234,7 @@ def test_tail_reads_what_is_committed_so_far(tmp_path: Path) -> None:
     writer.write_shard(1, {hook: array[4:8] for hook, array in VALUES.items()})
     store = ActivationStore.open(tmp_path / "s", tail=True)
     assert (store.activations_numpy(WIDE, 4, 8) == VALUES[WIDE][4:8]).all()
-    assert store.statistics(WIDE).count == 32
+    assert store.statistics(WIDE).count == 32 - 8 - 1  # without first tokens and padding
     with pytest.raises(IncompleteError, match="does not hold shard 2 yet"):
         store.activations(WIDE, 7, 9)
 

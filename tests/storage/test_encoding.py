@@ -1,4 +1,5 @@
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from zarr.codecs import Crc32cCodec
 
-from storage.encoding import MISSING, crc32c, decode_index, encode_index, to_bfloat16_bits, to_float32
+from storage.backends import LocalBackend
+from storage.encoding import (
+    MISSING,
+    compress,
+    crc32c,
+    decode_index,
+    decompress,
+    encode_index,
+    to_bfloat16_bits,
+    to_float32,
+)
 from storage.layout import ArrayLayout, contexts_per_chunk
+from storage.rows import RowReader
 from storage.spec import HookSpec, StoreSpec
 from storage.writer import file_buffers
 
@@ -19,26 +31,35 @@ def test_crc32c_gives_the_published_check_value() -> None:
     assert crc32c(b"123456789") == (0xE3069283).to_bytes(4, "little")  # RFC 3720, appendix B.4
 
 
+def example_array(n_rows: int, compressed: bool, dtype: str) -> ArrayLayout:
+    shape = (n_rows, 3)
+    return ArrayLayout(
+        "x", shape, np.dtype(dtype), rows_per_file=12, rows_per_chunk=4, sharded=True, compressed=compressed
+    )
+
+
 @given(st.integers(1, 20), st.data())
 def test_index_round_trip(n_slots: int, data: st.DataObject) -> None:
-    n_chunks = data.draw(st.integers(0, n_slots))
-    encoded = np.frombuffer(encode_index(n_slots, n_chunks, 100), np.uint8)
+    lengths = data.draw(st.lists(st.integers(1, 1000), max_size=n_slots))
+    encoded = np.frombuffer(encode_index(n_slots, lengths), np.uint8)
     index = decode_index(encoded, n_slots)
-    assert index[:n_chunks].tolist() == [[100 * i, 100] for i in range(n_chunks)]
-    assert (index[n_chunks:] == MISSING).all()
+    assert index[: len(lengths)].tolist() == [[sum(lengths[:i]), length] for i, length in enumerate(lengths)]
+    assert (index[len(lengths) :] == MISSING).all()
 
 
 def test_index_with_a_flipped_bit_is_refused() -> None:
-    encoded = np.frombuffer(encode_index(3, 2, 100), np.uint8).copy()
+    encoded = np.frombuffer(encode_index(3, [100, 100]), np.uint8).copy()
     encoded[5] ^= 1
     with pytest.raises(ValueError, match="index does not match its checksum"):
         decode_index(encoded, 3)
 
 
+@pytest.mark.parametrize("dtype", ["uint16", "float32", "int8"])
+@pytest.mark.parametrize("compressed", [False, True])
 @pytest.mark.parametrize("n_rows", [24, 20, 12, 9, 1])
-def test_encoder_gives_files_that_zarr_reads_back(tmp_path: Path, n_rows: int) -> None:
-    array = ArrayLayout("x", (n_rows, 3), np.dtype(np.uint16), rows_per_file=12, rows_per_chunk=4, sharded=True)
-    rows = np.arange(n_rows * 3, dtype=np.uint16).reshape(n_rows, 3)
+def test_encoder_gives_files_that_zarr_reads_back(tmp_path: Path, n_rows: int, compressed: bool, dtype: str) -> None:
+    array = example_array(n_rows, compressed, dtype)
+    rows = np.arange(n_rows * 3).reshape(n_rows, 3).astype(dtype)
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "zarr.json").write_bytes(array.metadata())
     for file in range(array.n_files):
@@ -46,11 +67,47 @@ def test_encoder_gives_files_that_zarr_reads_back(tmp_path: Path, n_rows: int) -
         path.parent.mkdir(parents=True)
         buffers = file_buffers(array, file, rows[file * 12 : file * 12 + 12])
         path.write_bytes(b"".join(bytes(buffer) for buffer in buffers))
-        assert path.stat().st_size == array.file_bytes(file)
+        assert compressed or path.stat().st_size == array.file_bytes(file)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         read = zarr.open_array(str(tmp_path / "x"), mode="r")
     assert (read[:] == rows).all()
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "float32", "int8"])
+@pytest.mark.parametrize("n_rows", [24, 20, 5])
+def test_reader_reads_what_zarr_compresses(tmp_path: Path, n_rows: int, dtype: str) -> None:
+    array = example_array(n_rows, True, dtype)
+    rows = np.random.default_rng(0).integers(0, 9, (n_rows, 3)).astype(dtype)
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "zarr.json").write_bytes(array.metadata())
+    zarr.open_array(str(tmp_path / "x"), config={"write_empty_chunks": True})[:] = rows
+    reader = RowReader(LocalBackend(tmp_path), array, verify=True)
+    for start, stop in [(0, n_rows), (1, 3), (3, 5), (n_rows - 1, n_rows), (2, 2)]:
+        assert (reader.read(start, stop) == rows[start:stop]).all()
+
+
+def test_compression_gives_the_same_bytes_in_any_thread() -> None:
+    chunk = np.random.default_rng(0).normal(size=(4096, 512)).astype(np.float16)
+    with ThreadPoolExecutor(4) as pool:
+        assert {*pool.map(compress, [chunk] * 4), compress(chunk)} == {compress(chunk)}
+
+
+def test_decompression_refuses_what_is_not_the_chunk() -> None:
+    chunk = np.arange(100, dtype=np.uint16)
+    data = np.frombuffer(compress(chunk), np.uint8)
+    out = np.empty_like(chunk)
+    decompress(data, out)
+    assert (out == chunk).all()
+    for bad in (data[:-1], data[:8], np.concatenate([data, data[:1]])):
+        with pytest.raises(ValueError, match="it must be 200 bytes in blosc, but"):
+            decompress(bad, out)
+    with pytest.raises(ValueError, match="it must be 198 bytes in blosc, but its header says 200"):
+        decompress(data, out[:-1])
+    broken = data.copy()
+    broken[16:] = 255
+    with pytest.raises(ValueError, match="does not decompress"):
+        decompress(broken, out)
 
 
 def test_encoder_gives_the_bytes_that_zarr_writes(tmp_path: Path) -> None:
