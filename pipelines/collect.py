@@ -138,7 +138,7 @@ def prepare_store(config: RunConfig, run: RunDir, resolved: ResolvedModel, ui: R
         context_length=config.collect.context_length,
         contexts_per_shard=config.collect.contexts_per_shard,
         n_train_contexts=packed.n_train_contexts,
-        hooks=tuple(HookSpec(name=name, d_in=widths[name], dtype=config.model.dtype) for name in config.hooks),
+        hooks=tuple(stored_hook(config, name, widths[name]) for name in config.hooks),
         provenance={
             "model": resolved.provenance(),
             "text": packed.text_provenance,
@@ -168,6 +168,18 @@ def prepare_store(config: RunConfig, run: RunDir, resolved: ResolvedModel, ui: R
         document=packed.document,
         position=packed.position,
         sidecars={DOCUMENTS_FILE: packed.documents.to_parquet(), SPANS_FILE: packed.spans.to_parquet()},
+    )
+
+
+def stored_hook(config: RunConfig, name: str, d_in: int) -> HookSpec:
+    """How a hook's activations are stored: int8 reads back in the model's dtype."""
+    wanted = config.collect.stored_dtype
+    return HookSpec(
+        name=name,
+        d_in=d_in,
+        dtype=config.model.dtype if wanted == "auto" or wanted == "int8" else wanted,
+        quantisation="int8" if wanted == "int8" else "none",
+        compression=config.collect.compression,
     )
 
 

@@ -111,6 +111,10 @@ class CollectConfig(Section):
     """CPUs an actor, also its number of torch threads."""
     gpus_per_worker: float = Field(0, ge=0)
     """GPUs an actor."""
+    stored_dtype: Literal["auto", "bfloat16", "float16", "float32", "int8"] = "auto"
+    """`auto` stores what the model gives; `int8` takes half of bfloat16, `sae info` shows the error that it makes."""
+    compression: Literal["none", "blosc"] = "none"
+    """`blosc` makes files smaller (`sae info` shows the ratio) and reading slower: no memory map."""
     store: str | None = None
     """A shared store outside the run; by default `activations/` in the run directory."""
     mode: Literal["store"] = "store"

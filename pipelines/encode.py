@@ -50,7 +50,7 @@ def encode_texts(
     """Run texts through the model and the dictionary, alone (no packing), and pool.
 
     Args:
-        sink_norm: tokens above this norm are sinks; None counts every token but the first.
+        sink_norm: tokens whose norm is not below this are sinks; None counts every token but the first.
         prepend_bos: put the BOS token in front of every text, as the store did.
     """
     hook = dictionary.required_hook_name
@@ -73,7 +73,7 @@ def encode_texts(
         x = lm.capture(tokens.to(lm.device), position.to(lm.device), [hook])[hook].float().cpu()
         counted = real & (position > 0)
         if sink_norm is not None:
-            counted &= x.norm(dim=-1) <= sink_norm
+            counted &= x.norm(dim=-1) < sink_norm
         for j, i in enumerate(batch):
             rows[i] = _pool(dictionary, x[j][counted[j]])
         if bar is not None:

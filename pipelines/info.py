@@ -57,8 +57,18 @@ def _describe_store(path: Path) -> dict[str, Any]:
     }
     for hook in spec.hooks:
         facts[hook.name] = f"d_in {hook.d_in}, {hook.dtype}"
+        if hook.quantisation != "none" or hook.compression != "none":
+            coding = [value for value in (hook.quantisation, hook.compression) if value != "none"]
+            facts[hook.name] += f" as {' and '.join(coding)}, {store.compression_ratio(hook.name):.3g} times smaller"
         if sealed:
-            facts[hook.name] += f", median norm {store.statistics(hook.name).median_norm:.4g}"
+            statistics = store.statistics(hook.name)
+            facts[hook.name] += (
+                f", median norm {statistics.median_norm:.4g}, {statistics.n_sinks(3.0):,} sinks at 3 median norms"
+            )
+            if hook.quantisation != "none":
+                facts[hook.name] += f", relative squared error {statistics.relative_error:.3g}"
+            if statistics.n_nan or statistics.n_inf:
+                facts[hook.name] += f", {statistics.n_nan:,} NaN and {statistics.n_inf:,} infinite elements"
     return facts
 
 

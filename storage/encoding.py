@@ -116,8 +116,13 @@ def to_bfloat16_bits(values: NDArray[Any]) -> NDArray[np.uint16]:
 
 
 def stored_as(values: NDArray[Any], dtype: str) -> NDArray[Any]:
-    """Floats in the stored form of a hook's type: the bits for bfloat16, rounded to nearest even; not copied if they
-    are in it already."""
+    """Floats (uint16 means the bits of bfloat16) in the stored form of a hook's type, rounded to nearest even.
+
+    What exceeds float16 becomes infinite. Not copied if it is in that form already.
+    """
+    if values.dtype == STORED_DTYPE[dtype]:
+        return values
     if dtype == "bfloat16":
-        return values if values.dtype == np.uint16 else to_bfloat16_bits(values)
-    return values.astype(STORED_DTYPE[dtype], copy=False)
+        return to_bfloat16_bits(values)
+    with np.errstate(over="ignore"):
+        return (to_float32(values) if values.dtype == np.uint16 else values).astype(STORED_DTYPE[dtype])

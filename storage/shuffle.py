@@ -18,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.activations import SINK_MULTIPLE, ActivationStore
-from storage.layout import activations_array
 from storage.spec import Split
 
 if TYPE_CHECKING:
@@ -206,9 +205,9 @@ class ShuffledReader:
             prefetch.loaded.put(error)
 
     def _new_buffer(self) -> NDArray[Any]:
-        array = activations_array(self.store.spec, self.store.spec.hook(self.hook))
+        hook = self.store.spec.hook(self.hook)
         n_rows = min(self.window_contexts, self._n_contexts) * self.store.spec.context_length
-        return np.empty((n_rows, *array.shape[1:]), array.dtype)
+        return np.empty((n_rows, hook.d_in), hook.element_type)
 
     def _load(self, members: NDArray[np.int64], buffer: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.int64]]:
         """The buffer with the rows of the given contexts (ascending), and the numbers of those that may be used."""

@@ -153,8 +153,8 @@ class ActivationWriter:
         """Stores all hooks of one shard, or nothing. Returns when the shard survives a power cut.
 
         Args:
-            activations: per hook name [n_contexts of the shard, context_length, d_in]; for a bfloat16 hook uint16 (the
-                bits) or floats; otherwise floats. What is not stored as it is given is rounded to nearest even.
+            activations: per hook name [n_contexts of the shard, context_length, d_in]; floats, or uint16 for the bits
+                of bfloat16. What is not stored as it is given is rounded to nearest even.
             info: JSON values to keep in the commit: versions, device, time. Not part of any digest.
         Returns: the receipt of the commit that stands, this call's or an earlier one's.
         Raises: ValueError if hooks, shapes or dtypes are not those of the spec.
@@ -258,8 +258,8 @@ class ActivationWriter:
                 problems.append(f"hook {hook.name!r} is absent")
             elif values.shape != shape:
                 problems.append(f"hook {hook.name!r} must have shape {shape}, got {values.shape}")
-            elif not (values.dtype.kind == "f" or (values.dtype == np.uint16 and hook.dtype == "bfloat16")):
-                problems.append(f"hook {hook.name!r} must hold {hook.dtype} values, got {values.dtype}")
+            elif values.dtype.kind != "f" and values.dtype != np.uint16:
+                problems.append(f"hook {hook.name!r} must hold floats or the bits of bfloat16, got {values.dtype}")
             else:
                 if hook.quantisation == "none":
                     values = stored_as(values, hook.dtype)

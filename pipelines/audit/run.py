@@ -152,8 +152,11 @@ class _Auditor:
                 [example.text for example in examples],
                 max_tokens=self._config.audit.max_tokens,
                 prepend_bos=self._config.collect.prepend_bos,
-                sink_norm=self._config.sinks.multiple
-                * self._store.statistics(self._dictionary.required_hook_name).median_norm,
+                sink_norm=float(
+                    self._store.statistics(self._dictionary.required_hook_name).sink_threshold(
+                        self._config.sinks.multiple
+                    )
+                ),
             )
             return examples, pooled, pooled.n_cut
         try:

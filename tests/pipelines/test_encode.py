@@ -31,7 +31,7 @@ def slow_pool(lm, dictionary, text, max_tokens, sink_norm):
         return best, total, n
     x = lm.capture(torch.tensor([ids]), torch.arange(len(ids))[None], [HOOK])[HOOK][0]
     for i in range(1, len(ids)):
-        if sink_norm is not None and float(x[i].norm()) > sink_norm:
+        if sink_norm is not None and float(x[i].norm()) >= sink_norm:
             continue
         best = np.maximum(best, dictionary.encode(x[i]).numpy())
         total += x[i].numpy()
@@ -101,7 +101,7 @@ def test_pooled_documents_equal_a_slow_loop_over_the_store(store, split):
     dictionary, multiple = random_dictionary(HOOK), 1.2
     with SilentReporter().stage("pool", total=1, unit="contexts") as bar:
         rows, pooled = pool_documents(store, dictionary, split=split, sink_multiple=multiple, bar=bar)
-    threshold = multiple * store.statistics(HOOK).median_norm
+    threshold = store.statistics(HOOK).sink_threshold(multiple)
     start, stop = store.spec.split_range(split)
     best, total, n = {}, {}, {}
     for context in range(start, stop):
@@ -110,7 +110,7 @@ def test_pooled_documents_equal_a_slow_loop_over_the_store(store, split):
         found = store.contexts(context, context + 1)
         latents = dictionary.encode(x).numpy()
         for token in range(store.spec.context_length):
-            if found.position[0, token] == 0 or norms[token] > np.float32(threshold):
+            if found.position[0, token] == 0 or norms[token] >= threshold:
                 continue
             row = int(found.document[0, token])
             best[row] = np.maximum(best.get(row, 0), latents[token])

@@ -44,7 +44,7 @@ def test_reconstruction_figures_by_hand(store):
     x = store.activations(HOOK, start, stop).flatten(0, 1).double()
     sinks = torch.from_numpy(
         (store.position[start:stop] == 0)
-        | (store.norms(HOOK, start, stop) > np.float32(MULTIPLE * store.statistics(HOOK).median_norm))
+        | (store.norms(HOOK, start, stop) >= store.statistics(HOOK).sink_threshold(MULTIPLE))
     ).flatten()
     latents = dictionary.encode(x.float())
     error = (x - dictionary.decode(latents).double()).square().sum(1)

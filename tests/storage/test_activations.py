@@ -148,6 +148,21 @@ def test_float16_is_kept_as_float16(tmp_path: Path) -> None:
     assert (ActivationStore.open(tmp_path / "s").activations("h", 0, 3).numpy() == values).all()
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_bits_of_bfloat16_are_stored_in_another_type(tmp_path: Path, dtype: str) -> None:
+    hooks = (HookSpec("h", 12, dtype),)  # type: ignore[arg-type]
+    spec = StoreSpec(n_contexts=10, context_length=8, contexts_per_shard=10, n_train_contexts=8, hooks=hooks)
+    writer = ActivationWriter.create(tmp_path / "s", spec, **example_store.tables(spec))
+    given = VALUES[WIDE].copy()
+    given[0, 0, 0] = 0x7F00  # 1.7e38
+    writer.write_shard(0, {"h": given})
+    writer.seal()
+    store = ActivationStore.open(tmp_path / "s")
+    expected = torch.from_numpy(given).view(torch.bfloat16).to(getattr(torch, dtype))
+    assert torch.equal(store.activations("h", 0, 10), expected)
+    assert store.statistics("h").n_inf == (dtype == "float16")
+
+
 def test_creating_again_opens_the_same_store(built: Path) -> None:
     assert example_store.create(built).missing() == []
 
@@ -194,7 +209,7 @@ def test_write_shard_lists_all_that_does_not_fit(tmp_path: Path) -> None:
     writer = example_store.create(tmp_path / "s")
     with pytest.raises(ValueError, match=r"must have shape \(4, 8, 12\), got \(3, 8, 12\); hook .* is absent"):
         writer.write_shard(0, {WIDE: VALUES[WIDE][:3]})
-    with pytest.raises(ValueError, match="must hold float32 values, got int64"):
+    with pytest.raises(ValueError, match="must hold floats or the bits of bfloat16, got int64"):
         writer.write_shard(0, {WIDE: VALUES[WIDE][:4], NARROW: np.ones((4, 8, 4), np.int64)})
     with pytest.raises(ValueError, match="no hook 'x'; it holds"):
         writer.write_shard(0, {"x": VALUES[WIDE]})

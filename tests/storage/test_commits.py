@@ -8,6 +8,7 @@ import pytest
 from storage import ActivationStore, ActivationWriter, CorruptionError, FormatError, StorageError, verify
 from storage.backends import Buffer, LocalBackend
 from storage.commits import CommitLog
+from storage.spec import checked_json, parse_checked_json
 
 
 def assert_undisturbed(path: Path, built: Path) -> None:
@@ -102,7 +103,8 @@ def test_commit_of_another_store_is_refused(damaged: Path, tmp_path: Path) -> No
 def test_malformed_commit_is_a_format_error(damaged: Path) -> None:
     log = CommitLog(LocalBackend(damaged), example_store.spec().fingerprint, 3)
     path = damaged / "commits/000001.json"
-    path.write_text(path.read_text().replace('"sha256"', '"sha"'))
+    value = parse_checked_json(path.read_bytes(), "here")
+    path.write_bytes(checked_json({**value, "files": [{"sha": ""}]}))
     with pytest.raises(FormatError, match="is not a commit of format version 1"):
         log.read(1)
     path.write_text("{")
