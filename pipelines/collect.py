@@ -1,27 +1,26 @@
 """collect: text → tokens → language model → activation store.
 
-The driver plans: it chooses and packs the documents and creates the store with every token in it. Harvesters, plain
-objects that Ray wraps in actors, each take one shard at a time, run the model up to the last hook and commit the
-shard. A killed worker or driver loses at most the shards in flight.
+The driver plans: it chooses and packs the documents and creates the store with every token in it. Harvesters
+(`harvester`), plain objects that Ray wraps in actors (`cluster.harvesters`), take shards, run the model up to the last
+hook and commit them. A killed worker, node or driver loses at most the shards in flight.
 """
 
 import time
 from collections.abc import Iterator
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from pipelines.cluster.local import require_cpus, start_ray
-from pipelines.config import ModelConfig, RunConfig
+from pipelines.config import RunConfig
 from pipelines.documents import DOCUMENTS_FILE, SPANS_FILE
 from pipelines.errors import RunError
-from pipelines.models import LanguageModel, ResolvedModel, load_tokenizer, resolve_model
+from pipelines.harvester import Harvester
+from pipelines.models import ResolvedModel, load_tokenizer, resolve_model
 from pipelines.progress import Reporter
 from pipelines.rundir import RunDir
 from pipelines.tokens import plan_tokens
 from storage import ActivationStore, ActivationWriter, HookSpec, IncompleteError, Receipt, StoreSpec
+
+__all__ = ["Harvester", "collect", "hook_widths", "open_store", "prepare_store", "store_path"]
 
 
 def store_path(config: RunConfig, run: RunDir) -> Path:
@@ -44,52 +43,6 @@ def open_store(config: RunConfig, run: RunDir) -> ActivationStore:
         raise RunError(
             f"the activation store is unfinished ({error}): run `sae collect` again, it continues"
         ) from error
-
-
-class Harvester:
-    """Fills shards of one store; knows no Ray. The model comes with the first shard, whose caller hears what fails."""
-
-    def __init__(
-        self, path: Path, resolved: ResolvedModel, config: ModelConfig, batch_contexts: int, n_threads: int | None
-    ) -> None:
-        if n_threads is not None:
-            torch.set_num_threads(n_threads)
-        self._resolved, self._config = resolved, config
-        self._writer = ActivationWriter.open(path)
-        self._store = ActivationStore.open(path, tail=True)
-        self._hooks = [hook.name for hook in self._writer.spec.hooks]
-        self._batch = batch_contexts
-
-    @cached_property
-    def _lm(self) -> LanguageModel:
-        lm = LanguageModel(self._resolved, self._config)
-        if self._writer.spec.provenance["packing"]["isolate_documents"]:
-            for hook in self._hooks:
-                lm.check_isolation(hook)
-        return lm
-
-    def harvest(self, shard: int) -> Receipt:
-        """Run the model on one shard's contexts and commit them. Batches are a function of the shard alone."""
-        start, stop = self._writer.spec.shard_range(shard)
-        contexts = self._store.contexts(start, stop)
-        tokens, position = torch.from_numpy(contexts.tokens).long(), torch.from_numpy(contexts.position).long()
-        if not self._writer.spec.provenance["packing"]["isolate_documents"]:
-            position = torch.arange(tokens.shape[1]).expand_as(tokens)
-        batches: dict[str, list[torch.Tensor]] = {name: [] for name in self._hooks}
-        for low in range(0, len(tokens), self._batch):
-            rows = slice(low, low + self._batch)
-            captured = self._lm.capture(
-                tokens[rows].to(self._lm.device), position[rows].to(self._lm.device), self._hooks
-            )
-            for name, value in captured.items():
-                batches[name].append(value.cpu())
-        return self._writer.write_shard(shard, {name: _to_numpy(torch.cat(parts)) for name, parts in batches.items()})
-
-
-def _to_numpy(activations: torch.Tensor) -> Any:
-    if activations.dtype == torch.bfloat16:
-        return activations.contiguous().view(torch.uint16).numpy()
-    return activations.contiguous().numpy()
 
 
 def collect(config: RunConfig, run: RunDir, ui: Reporter) -> dict[str, Any]:
@@ -195,42 +148,8 @@ def hook_widths(config: RunConfig, resolved: ResolvedModel) -> dict[str, int]:
 
 
 def _harvest_all(config: RunConfig, path: Path, resolved: ResolvedModel, shards: list[int]) -> Iterator[Receipt]:
-    """Hand out shards to actors, one at a time each; yields receipts as they come.
+    """Receipts of all the shards, as they become durable."""
+    from pipelines.cluster.harvesters import HarvesterPool
 
-    Only an actor that has started gets a shard: where the CPUs suffice for some of the actors, those do all the work.
-    """
-    settings = config.collect
-    require_cpus(config.ray, settings.cpus_per_worker, "collect.cpus_per_worker")
-    start_ray(config.ray)
-    import ray
-
-    threads = max(1, int(settings.cpus_per_worker))
-    actor_class = ray.remote(
-        num_cpus=settings.cpus_per_worker, num_gpus=settings.gpus_per_worker, max_restarts=-1, max_task_retries=-1
-    )(Harvester)
-    n_workers = min(settings.n_workers, len(shards))
-    actors = [
-        actor_class.remote(path.resolve(), resolved, config.model, settings.batch_contexts, threads)
-        for _ in range(n_workers)
-    ]
-    try:
-        queue, n_done = iter(shards), 0
-        in_flight = {actor.__ray_ready__.remote(): actor for actor in actors}
-        while n_done < len(shards):
-            (done, *_), _ = ray.wait(list(in_flight), num_returns=1)
-            actor = in_flight.pop(done)
-            try:
-                receipt = ray.get(done)
-            except ray.exceptions.RayTaskError as error:
-                raise error.cause or error from None
-            except ray.exceptions.RayActorError as error:
-                raise RunError(f"a collect worker could not be kept alive: {error}; rerun to continue") from error
-            next_shard = next(queue, None)
-            if next_shard is not None:
-                in_flight[actor.harvest.remote(next_shard)] = actor
-            if isinstance(receipt, Receipt):  # not the answer that the actor has started
-                n_done += 1
-                yield receipt
-    finally:
-        for actor in actors:
-            ray.kill(actor)
+    with HarvesterPool(config, path, resolved, len(shards)) as pool:
+        yield from pool.receipts(shards)

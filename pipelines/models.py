@@ -4,6 +4,8 @@ A GGUF file is dequantised once into a Hugging Face folder and kept in a cache n
 folders are used as they are. Nothing here trains or changes a model.
 """
 
+import hashlib
+import json
 import os
 import shutil
 import uuid
@@ -34,6 +36,8 @@ class ResolvedModel:
     source: str
     weights_sha256: str
     """Digest of the original weights (the GGUF file, or all safetensors files in name order)."""
+    settings_sha256: str
+    """Digest of config.json and of the folder's own Python code: what else decides the activations."""
     tokenizer_sha256: str
     revision: str | None
 
@@ -43,6 +47,7 @@ class ResolvedModel:
             "source": self.source,
             "revision": self.revision,
             "weights_sha256": self.weights_sha256,
+            "settings_sha256": self.settings_sha256,
             "tokenizer_sha256": self.tokenizer_sha256,
         }
 
@@ -80,12 +85,19 @@ def resolve_model(config: ModelConfig) -> ResolvedModel:
     tokenizer = folder / "tokenizer.json"
     if not tokenizer.is_file():
         raise UsageError(f"model {source}: {folder} has no tokenizer.json; a fast tokenizer is needed")
-    return ResolvedModel(folder, source, digest, sha256_of(tokenizer), revision)
+    return ResolvedModel(folder, source, digest, _settings_digest(folder), sha256_of(tokenizer), revision)
+
+
+def _settings_digest(folder: Path) -> str:
+    """Equal for folders that describe the same network: who saved config.json, and with which version, is left out."""
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for key in ("transformers_version", "_name_or_path"):
+        settings.pop(key, None)
+    code = {file.name: sha256_of(file) for file in sorted(folder.glob("*.py"))}
+    return hashlib.sha256(json.dumps([settings, code], sort_keys=True).encode()).hexdigest()
 
 
 def _joint_digest(files: Sequence[Path]) -> str:
-    import hashlib
-
     return hashlib.sha256("".join(sha256_of(file) for file in files).encode()).hexdigest()
 
 

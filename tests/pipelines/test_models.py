@@ -222,6 +222,7 @@ def test_provenance_names_the_source_and_digests_but_no_other_path(tiny_model, r
         "source": str(tiny_model),
         "revision": None,
         "weights_sha256": sha256_of(tiny_model / "model.safetensors"),
+        "settings_sha256": resolved.settings_sha256,
         "tokenizer_sha256": sha256_of(tiny_model / "tokenizer.json"),
     }
 
@@ -232,6 +233,15 @@ def test_digest_of_several_weight_files_depends_on_each(folder):
     with (folder / "more.safetensors").open("ab") as file:
         file.write(b"\0")
     assert resolve_model(ModelConfig(source=str(folder))).weights_sha256 != first
+
+
+def test_digest_of_the_settings_is_that_of_the_network(folder):
+    first = resolve_model(ModelConfig(source=str(folder))).settings_sha256
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"transformers_version": "0"}, indent=8))
+    assert resolve_model(ModelConfig(source=str(folder))).settings_sha256 == first
+    (folder / "modeling_own.py").write_text("")
+    assert resolve_model(ModelConfig(source=str(folder))).settings_sha256 != first
 
 
 def test_pickled_weights_are_refused(folder):
