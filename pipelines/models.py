@@ -90,9 +90,15 @@ def resolve_model(config: ModelConfig) -> ResolvedModel:
 
 def _settings_digest(folder: Path) -> str:
     """Equal for folders that describe the same network: who saved config.json, and with which version, is left out."""
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    for key in ("transformers_version", "_name_or_path"):
-        settings.pop(key, None)
+    file = folder / "config.json"
+    try:
+        settings = {
+            key: value
+            for key, value in json.loads(file.read_text(encoding="utf-8")).items()
+            if key not in ("transformers_version", "_name_or_path")
+        }
+    except (ValueError, AttributeError):  # transformers will say what is wrong with it
+        settings = {"config.json": sha256_of(file)}
     code = {file.name: sha256_of(file) for file in sorted(folder.glob("*.py"))}
     return hashlib.sha256(json.dumps([settings, code], sort_keys=True).encode()).hexdigest()
 
