@@ -13,6 +13,7 @@ speed of a memory map.
 """
 
 from storage.activations import ActivationStore, Contexts
+from storage.documents import Span
 from storage.errors import (
     AlreadyExistsError,
     CorruptionError,
@@ -50,6 +51,7 @@ __all__ = [
     "Receipt",
     "Repair",
     "ShuffledReader",
+    "Span",
     "SpecMismatchError",
     "Statistics",
     "StorageError",

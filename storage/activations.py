@@ -9,6 +9,7 @@ Ranges are of contexts. Reads are contiguous copies out of memory maps; to train
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from storage.backends import Backend, backend_for
 from storage.commits import CommitLog
+from storage.documents import DocumentIndex, Span
 from storage.errors import CorruptionError, IncompleteError, NotFoundError
 from storage.layout import activations_array, norms_array, scales_array, table_array
 from storage.quantisation import dequantise
@@ -50,8 +52,10 @@ class ActivationStore:
         self.spec = spec
         self._backend = backend
         self._tail = tail
+        self._committed: set[int] = set()
         self._log = CommitLog(backend, spec.fingerprint, spec.n_shards)
-        self._sidecars = set(read_tables(backend, spec)["files"])
+        self._files: Mapping[str, Any] = read_tables(backend, spec)["files"]
+        self._verify = verify
         self._seal = None if tail else self._log.read_seal()
         self._tables = {name: RowReader(backend, table_array(spec, name), verify=verify) for name in spec.table_dtypes}
         self._activations, self._norms = (
@@ -110,12 +114,22 @@ class ActivationStore:
     def sidecar(self, name: str) -> bytes:
         """A file that was given to `ActivationWriter.create`.
 
-        Raises: NotFoundError if the store has none of that name.
+        Raises: NotFoundError if the store has none of that name; CorruptionError if it is not what was given.
         """
-        if name not in self._sidecars or "/" in name:
-            known = sorted(key for key in self._sidecars if "/" not in key)
+        if name not in self._files or "/" in name:
+            known = sorted(key for key in self._files if "/" not in key)
             raise NotFoundError(f"{self.path} has no sidecar {name!r}; it has {', '.join(known) or 'none'}.")
-        return self._backend.read(name)
+        try:
+            data = self._backend.read(name)
+        except NotFoundError:
+            data = None
+        if data is None or (self._verify and hashlib.sha256(data).hexdigest() != self._files[name]["sha256"]):
+            fact = "it is missing" if data is None else "it does not match its SHA-256"
+            raise CorruptionError(
+                f"{self._backend.location(name)} must be what the store was created with, but {fact}. Restore the file "
+                "from a copy, or make the store anew."
+            )
+        return data
 
     def activations(self, hook: str, start: int, stop: int) -> torch.Tensor:
         """Activations of contexts [start, stop) in the hook's own dtype, [stop - start, context_length, d_in]; a copy.
@@ -201,6 +215,32 @@ class ActivationStore:
             chosen &= np.isin(self._table(name, start, stop), np.array(sorted(values), np.int64))
         return chosen
 
+    def document_spans(self, document: int) -> list[Span]:
+        """Where a document's tokens are: (context, start, stop), by context; padding is left out.
+
+        The first call reads the table of documents through once.
+
+        Raises: ValueError for a document of which the store holds no token.
+        """
+        spans = self._document_index.spans(document)
+        if not spans:
+            raise ValueError(f"The store at {self.path} holds no token of document {document!r}.")
+        return spans
+
+    def document_activations(self, hook: str, document: int) -> torch.Tensor:
+        """Activations of a document's tokens, in the order of `document_spans`, [n_tokens, d_in]; reads no other
+        context."""
+        import torch
+
+        spans = self.document_spans(document)
+        pieces = [self.activations(hook, span.context, span.context + 1)[0, span.start : span.stop] for span in spans]
+        return torch.cat(pieces)
+
+    @cached_property
+    def _document_index(self) -> DocumentIndex:
+        rows = table_array(self.spec, "document").rows_per_file  # one file of each table at a time
+        return DocumentIndex(self.spec, self._table, rows)
+
     def statistics(self, hook: str) -> Statistics:
         """Statistics over all rows of a hook; with `tail`, over the shards committed when it is first asked for."""
         return self._statistics[self.spec.hook(hook).name]
@@ -218,22 +258,21 @@ class ActivationStore:
 
     def _rows(self, reader: RowReader, start: int, stop: int, out: NDArray[Any] | None) -> NDArray[Any]:
         self._check_range(start, stop)
+        if self._tail and start < stop:
+            self._require_committed(start, stop)
         length = self.spec.context_length
-        try:
-            return reader.read(start * length, stop * length, out)
-        except CorruptionError as error:
-            if self._tail:
-                self._explain_tail(start, stop, error)
-            raise
+        return reader.read(start * length, stop * length, out)
 
     def _check_range(self, start: int, stop: int) -> None:
         if not 0 <= start <= stop <= self.spec.n_contexts:
             raise ValueError(f"Contexts must lie in [0, {self.spec.n_contexts}], got [{start}, {stop}).")
 
-    def _explain_tail(self, start: int, stop: int, error: CorruptionError) -> None:
-        """Raises IncompleteError if the trouble is only that a shard of the range is not committed yet."""
-        missing = set(self._log.missing())
-        first, last = start // self.spec.contexts_per_shard, (stop - 1) // self.spec.contexts_per_shard
-        absent = [shard for shard in range(first, last + 1) if shard in missing]
+    def _require_committed(self, start: int, stop: int) -> None:
+        """Raises IncompleteError if a shard of the range is not committed yet, whatever stands in its place."""
+        size = self.spec.contexts_per_shard
+        shards = set(range(start // size, -(-stop // size)))
+        if not shards <= self._committed:
+            self._committed = set(self._log.committed())
+        absent = sorted(shards - self._committed)
         if absent:
-            raise IncompleteError(f"{self.path} does not hold shard {absent[0]} yet; wait for its commit.") from error
+            raise IncompleteError(f"{self.path} does not hold shard {absent[0]} yet; wait for its commit.")

@@ -20,7 +20,14 @@ from storage.backends import Backend, backend_for
 from storage.commits import Commit, CommitLog, advice
 from storage.errors import AlreadyExistsError, CorruptionError, NotFoundError
 from storage.layout import COMMITS, KEEP, STAGING
-from storage.spec import FORMAT_VERSION, canonical_json, check_version, parse_json_object, require_equal_settings
+from storage.spec import (
+    FORMAT_VERSION,
+    canonical_json,
+    check_version,
+    parse_json_object,
+    require_canonical,
+    require_equal_settings,
+)
 from storage.writer import Path, Receipt
 
 META = "meta.json"
@@ -197,6 +204,7 @@ class LatentStore:
         self._backend = backend
         log = latent_commit_log(backend, meta)
         log.read_seal()
+        log.require_complete()
         self._commits = [commit for shard in range(log.n_shards) if (commit := log.read(shard))]
         self._verify = verify
         self._verified: set[str] = set()
@@ -316,4 +324,5 @@ def read_meta(backend: Backend) -> dict[str, Any]:
         ) from error
     meta = parse_json_object(data, backend.location(META))
     check_version(meta, backend.location(META))
+    require_canonical(data, meta, backend.location(META))
     return meta

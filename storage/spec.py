@@ -79,6 +79,12 @@ def parse_checked_json(data: bytes, where: str) -> dict[str, Any]:
     return value
 
 
+def require_canonical(data: bytes, value: object, where: str) -> None:
+    """Raises CorruptionError unless `data` is the canonical JSON of `value`."""
+    if data != canonical_json(value):
+        raise CorruptionError(f"{where} must be in canonical form, but it was edited. Restore the file from a copy.")
+
+
 def canonical_hook_name(name: str) -> str:
     """`name` without a trailing ":output", which is what a module path without a suffix means."""
     return name.removesuffix(":output")

@@ -52,6 +52,7 @@ from storage.spec import (
     checked_json,
     parse_checked_json,
     parse_json_object,
+    require_canonical,
     require_equal_settings,
 )
 from storage.statistics import Statistics, merge, summarise
@@ -338,7 +339,9 @@ def read_spec(backend: Backend) -> StoreSpec:
             f"There must be an activation store at {backend.location()}, but it has no {SPEC}. "
             f"Check the path, or run the stage that collects activations."
         ) from error
-    return StoreSpec.from_json(parse_json_object(data, backend.location(SPEC)), where=backend.location(SPEC))
+    spec = StoreSpec.from_json(parse_json_object(data, backend.location(SPEC)), where=backend.location(SPEC))
+    require_canonical(data, spec.to_json(), backend.location(SPEC))
+    return spec
 
 
 def _checked_tables(given: Mapping[str, NDArray[np.integer[Any]]], spec: StoreSpec) -> dict[str, NDArray[Any]]:

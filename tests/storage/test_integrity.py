@@ -68,7 +68,7 @@ def test_unreadable_protocol_files_are_reported(damaged: Path, key: str) -> None
 
 def test_reformatted_spec_is_reported(damaged: Path) -> None:
     (damaged / "spec.json").write_bytes((damaged / "spec.json").read_bytes() + b"\n")
-    assert [problem.file for problem in verify(damaged)] == ["spec.json"]
+    assert [(problem.file, problem.kind) for problem in verify(damaged)] == [("spec.json", "unreadable")]
 
 
 def test_lost_digest_table_is_reported(damaged: Path) -> None:
