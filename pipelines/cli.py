@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipelines.errors import PipelineError, RunError, UsageError
+from pipelines.stores import StorePlace, has, place
 
 if TYPE_CHECKING:
     from pipelines.run import Run
@@ -161,12 +162,13 @@ def _quiet_libraries() -> None:
 @app.command()
 @told_plainly
 def info(
-    path: Annotated[Path, typer.Argument(help="A store, a dictionary or a run directory.")], as_json: JsonOption = False
+    path: Annotated[str, typer.Argument(help="A store (also a URL), a dictionary or a run directory.")],
+    as_json: JsonOption = False,
 ) -> None:
     """What is this store, dictionary or run? Shapes, provenance, health."""
     from pipelines.info import describe
 
-    facts = describe(path)
+    facts = describe(place(path))
     if as_json:
         print(json.dumps(facts, indent=2, ensure_ascii=False))
         return
@@ -177,33 +179,36 @@ def info(
 @app.command()
 @told_plainly
 def verify(
-    store: Annotated[Path, typer.Argument(help="An activation store, or a folder below latents/ of a run.")],
+    store: Annotated[
+        str, typer.Argument(help="An activation store (also a URL), or a folder below latents/ of a run.")
+    ],
     repair: Annotated[
         bool, typer.Option("--repair", help="Discard damaged shards, so that the next `sae collect` redoes them.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Re-read and re-hash a store; exit 1 and a list of what is bad, or is to be redone."""
+    where = place(store)
     if repair:
-        _repair(store, as_json)
+        _repair(where, as_json)
         return
     from pipelines.info import store_problems
 
-    problems = store_problems(store)
+    problems = store_problems(where)
     if as_json:
         print(json.dumps(problems, indent=2))
     else:
         for problem in problems:
             print(f"{problem['file']}: {problem['detail']}")
         print(f"{store}: {len(problems)} problems" if problems else f"{store}: every file is as it was committed")
-        sealed = (store / "seal.json").exists()  # if not, an uncommitted shard is only missing
+        sealed = has(where, "seal.json")  # if not, an uncommitted shard is only missing
         if any(problem["shard"] is not None and (sealed or problem["kind"] != "not committed") for problem in problems):
             print(f"`sae verify {store} --repair` discards the damaged shards, so that they can be redone")
     if problems:
         raise typer.Exit(1)
 
 
-def _repair(store: Path, as_json: bool) -> None:
+def _repair(store: StorePlace, as_json: bool) -> None:
     from dataclasses import asdict
 
     from pipelines.repair import repair_store

@@ -7,7 +7,6 @@ hook and commit them. A killed worker, node or driver loses at most the shards i
 
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from pipelines.config import RunConfig
@@ -17,15 +16,16 @@ from pipelines.harvester import Harvester
 from pipelines.models import ResolvedModel, load_tokenizer, resolve_model
 from pipelines.progress import Reporter
 from pipelines.rundir import RunDir
+from pipelines.stores import StorePlace, has, place
 from pipelines.tokens import plan_tokens
 from storage import ActivationStore, ActivationWriter, HookSpec, IncompleteError, Receipt, StoreSpec
 
 __all__ = ["Harvester", "collect", "hook_widths", "open_store", "prepare_store", "store_path"]
 
 
-def store_path(config: RunConfig, run: RunDir) -> Path:
+def store_path(config: RunConfig, run: RunDir) -> StorePlace:
     """Where the run's activations are."""
-    return Path(config.collect.store) if config.collect.store else run.store_path
+    return place(config.collect.store) if config.collect.store else run.store_path
 
 
 def open_store(config: RunConfig, run: RunDir) -> ActivationStore:
@@ -35,7 +35,7 @@ def open_store(config: RunConfig, run: RunDir) -> ActivationStore:
         RunError: collect has not finished.
     """
     path = store_path(config, run)
-    if not path.exists():
+    if not has(path, "spec.json"):
         raise RunError(f"there is no activation store at {path}: run `sae collect` first")
     try:
         return ActivationStore.open(path)
@@ -147,7 +147,7 @@ def hook_widths(config: RunConfig, resolved: ResolvedModel) -> dict[str, int]:
     return probe_widths(resolved, config.hooks, config.model.trust_remote_code)
 
 
-def _harvest_all(config: RunConfig, path: Path, resolved: ResolvedModel, shards: list[int]) -> Iterator[Receipt]:
+def _harvest_all(config: RunConfig, path: StorePlace, resolved: ResolvedModel, shards: list[int]) -> Iterator[Receipt]:
     """Receipts of all the shards, as they become durable."""
     from pipelines.cluster.harvesters import HarvesterPool
 

@@ -116,9 +116,19 @@ class CollectConfig(Section):
     compression: Literal["none", "blosc"] = "none"
     """`blosc` makes files smaller (`sae info` shows the ratio) and reading slower: no memory map."""
     store: str | None = None
-    """A shared store outside the run; by default `activations/` in the run directory."""
+    """A shared store outside the run: a folder, or a URL such as s3://bucket/prefix (credentials come from the
+    environment); by default `activations/` in the run directory."""
     mode: Literal["store"] = "store"
     """Reserved: streaming through a bounded store comes later."""
+
+    @field_validator("store")
+    @classmethod
+    def _plain_url(cls, store: str | None) -> str | None:
+        if store is not None and "://" in store:
+            from storage.backends import check_url
+
+            check_url(store)
+        return store
 
 
 class SAESpec(Section):
@@ -372,7 +382,9 @@ def _explain(error: ValidationError, path: Path) -> str:
             lines.append(f"`{where}` is missing")
         else:
             message = problem["msg"].removeprefix("Value error, ")
-            lines.append(f"`{where}`: {message} (got {problem['input']!r})" if where else message)
+            # A store's URL is not repeated: somebody may have put a secret in it.
+            got = "" if where in ("", "collect.store") else f" (got {problem['input']!r})"
+            lines.append(f"`{where}`: {message}{got}" if where else message)
     return f"config {path}: " + "; ".join(lines)
 
 

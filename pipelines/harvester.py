@@ -15,7 +15,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from pipelines.config import ModelConfig
 from pipelines.models import LanguageModel, ResolvedModel
+from pipelines.stores import StorePlace
 from pipelines.versions import versions
 from storage import ActivationStore, ActivationWriter, Receipt, StoreSpec
 
@@ -90,7 +90,7 @@ class Harvester:
 
     def __init__(
         self,
-        path: Path,
+        path: StorePlace,
         resolved: ResolvedModel,
         config: ModelConfig,
         batch_contexts: int,

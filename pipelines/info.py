@@ -5,16 +5,19 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import UsageError
+from pipelines.stores import StorePlace, has
 
 
-def describe(path: Path) -> dict[str, Any]:
+def describe(path: StorePlace) -> dict[str, Any]:
     """Facts about an activation store, a dictionary folder or a run directory.
 
     Raises:
         UsageError: the path is none of them.
     """
-    if (path / "spec.json").exists():
+    if has(path, "spec.json"):
         return _describe_store(path)
+    if isinstance(path, str):
+        raise UsageError(f"{path} is not an activation store: it has no spec.json")
     if (path / "cfg.json").exists():
         return _describe_dictionary(path)
     if (path / "config.yaml").exists():
@@ -22,7 +25,7 @@ def describe(path: Path) -> dict[str, Any]:
     raise UsageError(f"{path} is not a store (spec.json), a dictionary (cfg.json) or a run directory (config.yaml)")
 
 
-def store_problems(path: Path) -> list[dict[str, Any]]:
+def store_problems(path: StorePlace) -> list[dict[str, Any]]:
     """What is wrong with the files of an activation or latent store.
 
     Raises:
@@ -34,16 +37,16 @@ def store_problems(path: Path) -> list[dict[str, Any]]:
     return [asdict(problem) for problem in verify(path)]
 
 
-def require_store(path: Path) -> None:
+def require_store(path: StorePlace) -> None:
     """Raise UsageError unless the path looks like a store."""
-    if not (path / "spec.json").exists() and not (path / "meta.json").exists():
+    if not has(path, "spec.json") and not has(path, "meta.json"):
         raise UsageError(f"{path} is not a store: it has neither spec.json (activations) nor meta.json (latents)")
 
 
-def _describe_store(path: Path) -> dict[str, Any]:
+def _describe_store(path: StorePlace) -> dict[str, Any]:
     from storage import ActivationStore
 
-    sealed = (path / "seal.json").exists()
+    sealed = has(path, "seal.json")
     store = ActivationStore.open(path, tail=not sealed)
     spec, missing = store.spec, store.missing()
     facts: dict[str, Any] = {

@@ -8,6 +8,7 @@ from typing import Any
 
 from pipelines.info import require_store
 from pipelines.rundir import RunDir
+from pipelines.stores import StorePlace, has
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Repaired:
     next: str
     """The command that writes again what was discarded, or that is missing."""
 
-    def lines(self, store: Path) -> Iterator[str]:
+    def lines(self, store: StorePlace) -> Iterator[str]:
         """The same for people."""
         for problem in self.problems:
             yield f"{problem['file']}: {problem['detail']}"
@@ -39,7 +40,7 @@ class Repaired:
             yield f"{store}: unfinished, with nothing to discard; run `{self.next}` to finish it"
 
 
-def repair_store(path: Path) -> Repaired:
+def repair_store(path: StorePlace) -> Repaired:
     """Discard the damaged shards of a store. Its run is locked meanwhile, where the store stands in a run directory.
 
     A collect whose store has no seal is unfinished, so it runs again. Labels do not count latents among their results:
@@ -52,10 +53,10 @@ def repair_store(path: Path) -> Repaired:
     from storage import repair, verify
 
     require_store(path)
-    latent = not (path / "spec.json").exists()
+    latent = not has(path, "spec.json")
     stage = "label" if latent else "collect"
-    folder = path.resolve().parents[1 if latent else 0]
-    run = RunDir(folder) if (folder / "config.yaml").exists() else None
+    folder = path.resolve().parents[1 if latent else 0] if isinstance(path, Path) else None
+    run = RunDir(folder) if folder is not None and (folder / "config.yaml").exists() else None
     with run.lock() if run is not None else nullcontext():
         if run is not None and latent and verify(path):
             run.forget(stage)

@@ -19,6 +19,7 @@ from pipelines.errors import RunError, UsageError
 from pipelines.progress import Reporter
 from pipelines.rundir import RunDir, key_of, sweep_partials, write_text
 from pipelines.sources import locate, sha256_of
+from pipelines.stores import has, place
 
 STAGES = ("collect", "train", "evaluate", "label", "export", "audit")
 NEEDS: Mapping[str, tuple[str, ...]] = {
@@ -52,7 +53,10 @@ class Run:
 
     def finished(self, stage: str) -> bool:
         """Whether the stage's results are there, for these inputs."""
-        return self.dir.stage_key(stage) == self.keys[stage]
+        if self.dir.stage_key(stage) != self.keys[stage]:
+            return False
+        where = place(self.config.collect.store or "")
+        return stage != "collect" or isinstance(where, Path) or has(where, "seal.json")
 
 
 def stage_sections(config: RunConfig) -> dict[str, Any]:
@@ -226,7 +230,8 @@ def _results(run: Run, stage: str, figures: Any) -> list[Path]:
         case "collect":
             from pipelines.collect import store_path
 
-            return [store_path(run.config, run.dir) / "seal.json"]
+            where = store_path(run.config, run.dir)
+            return [where / "seal.json"] if isinstance(where, Path) else []  # else `Run.finished` looks
         case "train":
             from pipelines.dictionaries import dictionary_files
 

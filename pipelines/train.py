@@ -19,6 +19,7 @@ from pipelines.dictionaries import dictionary_files, dictionary_provenance, impo
 from pipelines.errors import RunError, UsageError
 from pipelines.progress import Reporter
 from pipelines.rundir import RunDir
+from pipelines.stores import absolute
 from pipelines.train_worker import METRICS_FILE, TrainJob, last_line, train_worker
 from storage import ActivationStore
 
@@ -42,7 +43,7 @@ def make_job(config: RunConfig, run: RunDir, name: str, store: ActivationStore) 
     """The job of one SAE."""
     assert config.train is not None
     return TrainJob(
-        store=str(store_path(config, run).resolve()),
+        store=str(absolute(store_path(config, run))),
         hook=config.hook_of(name),
         spec=config.saes[name],
         config=config.train,

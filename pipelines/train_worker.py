@@ -49,7 +49,7 @@ def train_worker(
 ) -> dict[str, Any]:
     """Train one SAE on this rank; rank 0 saves checkpoints and the dictionary."""
     torch.set_num_threads(job.n_threads)
-    store = ActivationStore.open(Path(job.store))
+    store = ActivationStore.open(job.store)
     train = job.config
     d_in = store.spec.hook(job.hook).d_in
     n_steps = train.n_tokens // train.batch_size

@@ -92,6 +92,30 @@ class Backend(Protocol):
 OBJECT_SCHEMES = ("s3", "gs", "memory")
 
 
+def check_url(url: str) -> None:
+    """Raises ValueError unless that is the URL of a place in an object store, and nothing more."""
+    scheme, _, rest = url.partition(":/")
+    if not rest.startswith("/"):
+        raise ValueError(
+            f"The URL of a store must have two slashes after its scheme, got {url!r}. A pathlib.Path cannot hold a "
+            "URL: pass it as a string."
+        )
+    if any(character in rest for character in "@?#"):
+        # The URL is not repeated here: it may hold a secret.
+        raise ValueError(
+            f"The {scheme} URL of a store must be a bucket and a prefix only. Endpoint, region and credentials are "
+            "taken from the environment (for S3: AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, "
+            "AWS_SECRET_ACCESS_KEY)."
+        )
+    if scheme not in OBJECT_SCHEMES:
+        raise ValueError(
+            f"A store must stand at a local path or at a URL of one of the schemes {', '.join(OBJECT_SCHEMES)}, got "
+            f"{url!r}."
+        )
+    if not rest.strip("/"):
+        raise ValueError(f"The URL of a store must name a bucket, got {url!r}.")
+
+
 def backend_for(path: str | os.PathLike[str]) -> Backend:
     """The backend of the store at a local path or at a URL (`s3://bucket/prefix`, `gs://bucket/prefix`).
 
@@ -102,18 +126,8 @@ def backend_for(path: str | os.PathLike[str]) -> Backend:
     scheme, separator, _ = name.partition(":/")
     if not separator or "/" in scheme:
         return LocalBackend(path)
-    if not name.startswith(f"{scheme}://"):
-        if scheme not in OBJECT_SCHEMES:
-            return LocalBackend(path)
-        raise ValueError(
-            f"The URL of a store must have two slashes after its scheme, got {name!r}. A pathlib.Path cannot hold a "
-            "URL: pass it as a string."
-        )
-    if scheme not in OBJECT_SCHEMES:
-        raise ValueError(
-            f"A store must stand at a local path or at a URL of one of the schemes {', '.join(OBJECT_SCHEMES)}, got "
-            f"{name!r}."
-        )
+    if scheme not in OBJECT_SCHEMES and not name.startswith(f"{scheme}://"):
+        return LocalBackend(path)
     from storage.objects import ObjectBackend
 
     return ObjectBackend.from_url(name)

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.backends import Buffer, as_bytes
+from storage.backends import Buffer, as_bytes, check_url
 from storage.errors import AlreadyExistsError, NotFoundError, StorageError
 
 if TYPE_CHECKING:
@@ -84,16 +84,8 @@ class ObjectBackend:
 
         Raises: ValueError for a URL with credentials or options in it; StorageError if obstore is not installed.
         """
+        check_url(url)
         scheme, _, rest = url.partition("://")
-        if any(character in rest for character in "@?#"):
-            # The URL is not repeated here: it may hold a secret.
-            raise ValueError(
-                f"The {scheme} URL of a store must be a bucket and a prefix only. Endpoint, region and credentials are "
-                "taken from the environment (for S3: AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, "
-                "AWS_SECRET_ACCESS_KEY)."
-            )
-        if not rest.strip("/"):
-            raise ValueError(f"The URL of a store must name a bucket, got {url!r}.")
         try:
             import obstore.store
         except ImportError as error:

@@ -7,11 +7,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.tiny import write_texts, write_tiny_model
+
+if TYPE_CHECKING:
+    from tests.s3_server import S3Server
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -40,3 +46,23 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """JSON lines of 400 short documents on four topics."""
     return write_texts(tmp_path_factory.mktemp("texts") / "texts.jsonl")
+
+
+@pytest.fixture(scope="session")
+def s3() -> "Iterator[S3Server]":
+    """An S3 server with an empty bucket."""
+    from tests.s3_server import S3Server
+
+    server = S3Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def s3_url(s3: "S3Server", monkeypatch: pytest.MonkeyPatch) -> str:
+    """URL of a place on that server where nothing is, which this process and those that it starts can use."""
+    from tests.s3_server import environment
+
+    for name, value in environment(s3.endpoint).items():
+        monkeypatch.setenv(name, value)
+    return f"s3://{s3.bucket}/{uuid.uuid4()}/root"

@@ -8,7 +8,6 @@ twice has the effect of writing it once.
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -17,6 +16,7 @@ from pipelines.config import RunConfig
 from pipelines.errors import RunError
 from pipelines.harvester import SHARDS_IN_FLIGHT, Harvester
 from pipelines.models import ResolvedModel
+from pipelines.stores import StorePlace, absolute
 from storage import Receipt
 
 MAX_DEATHS = 8
@@ -29,7 +29,7 @@ class HarvesterPool:
     Only an actor that has started gets shards: where the CPUs suffice for some of the actors, those do all the work.
     """
 
-    def __init__(self, config: RunConfig, path: Path, resolved: ResolvedModel, n_shards: int) -> None:
+    def __init__(self, config: RunConfig, path: StorePlace, resolved: ResolvedModel, n_shards: int) -> None:
         """Starts the actors.
 
         Args:
@@ -54,7 +54,7 @@ class HarvesterPool:
         n_workers = min(n_workers_that_fit(config), n_shards)
         threads = threads_per_worker(config)
         self._actors = [
-            actor_class.remote(path.resolve(), resolved, config.model, settings.batch_contexts, threads)
+            actor_class.remote(absolute(path), resolved, config.model, settings.batch_contexts, threads)
             for _ in range(n_workers)
         ]
         self._starting = {self._ready(actor): actor for actor in self._actors}

@@ -1,13 +1,11 @@
 import os
 import shutil
 import tempfile
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import example_store
 import pytest
-from s3_server import S3Server, environment
 
 
 @pytest.fixture(scope="session")
@@ -41,19 +39,3 @@ def in_memory(tmp_path: Path) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(dir=shared) as folder:
         yield Path(folder)
-
-
-@pytest.fixture(scope="session")
-def s3() -> Iterator[S3Server]:
-    """An S3 server with an empty bucket."""
-    server = S3Server()
-    yield server
-    server.close()
-
-
-@pytest.fixture
-def s3_url(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
-    """URL of a place on that server where nothing is, which this process and those that it starts can use."""
-    for name, value in environment(s3.endpoint).items():
-        monkeypatch.setenv(name, value)
-    return f"s3://{s3.bucket}/{uuid.uuid4()}/root"

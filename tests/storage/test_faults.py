@@ -18,10 +18,10 @@ from pathlib import Path
 import example_store
 import pytest
 from backend_contract import files
-from s3_server import S3Server, environment
 
 from storage import ActivationStore, ActivationWriter, StorageError, verify
 from storage.backends import backend_for
+from tests.s3_server import S3Server, environment
 
 HERE = Path(__file__).parent
 PYTHON = [sys.executable, str(HERE / "faulty_writer.py")]

@@ -8,11 +8,11 @@ import example_store
 import numpy as np
 import pytest
 from backend_contract import files
-from s3_server import Fault, FaultyProxy, Policy, S3Server, environment
 
 from storage import ActivationStore, HookSpec, StorageError, StoreSpec, verify
 from storage.backends import backend_for
 from storage.objects import ObjectBackend, Patience, _RangeCache
+from tests.s3_server import Fault, FaultyProxy, Policy, S3Server, environment
 
 PATIENT = Patience(budget_s=20, timeout_s=1.0, first_wait_s=0.01, max_wait_s=0.05)
 HASTY = Patience(budget_s=0.3, timeout_s=0.2, first_wait_s=0.01, max_wait_s=0.05)
