@@ -367,4 +367,5 @@ def config_from_dict(values: Mapping[str, Any]) -> SAEConfig:
         raise ValueError(
             f"A {architecture} configuration needs {', '.join(required)}; missing: {', '.join(missing)}. Add them."
         )
-    return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    return cls(**fields)
