@@ -1,145 +1,151 @@
-"""The training path with torch operations only: one dense product, the encoder's; everything after it is sparse.
+"""The sparse training path: one dense product, the encoder's; everything after it touches only active latents.
 
 A dense step multiplies (batch, d_in) by (d_in, d_sae) six times. With k of d_sae latents active, five of the six touch
 k / d_sae of what they compute. Here
 
-- the encoder runs in blocks of rows that stay in cache, and only the survivors of each block are kept;
-- decoding gathers k decoder rows per token, and so do its gradients (`embedding_bag`);
-- the gradient of the encoder is gathered from the survivors, sorted by latent;
+- `sae.kernels.select` runs the encoder in blocks of tokens and keeps only the survivors of each block;
+- decoding gathers k decoder rows per token, and so do its gradients;
+- the gradients of encoder and decoder are sums over the entries of each latent; one counting sort serves both;
 - `b_dec` gets its gradient through the encoder from that of `b_enc`, so that no gradient of `x` is formed.
 
-Written for CPUs; the operations exist on every device.
+Each operation has two forms with the same result up to rounding: loops compiled by numba (`sae.kernels.compiled`, on
+CPUs, with the extra `fast`), and torch operations, which exist on every device.
 """
 
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from sae.base import SparseLatents
-from sae.parallel import Group
+from sae.kernels.loops import n_threads, usable
+from sae.kernels.select import (
+    BatchSelection,
+    Encoder,
+    largest,
+    multiplies_bf16,
+    select_above,
+    select_batchtopk,
+    select_topk,
+)
 
-_BLOCK_ELEMENTS = 2_000_000
-"""Pre-activations computed at a time: 8 MB in float32, within the last-level cache."""
-
-_BOUND_MARGIN = 0.9
-"""Lower bound of a BatchTopK selection as a share of the last step's threshold: about 1.4 survivors per kept entry."""
-
-
-class Encoder(NamedTuple):
-    """The parameters of the encoder, and the activations already shifted by `b_dec`."""
-
-    x_centred: Float[Tensor, "batch d_in"]
-    W_enc: Float[Tensor, "d_in d_sae"]
-    b_enc: Float[Tensor, " d_sae"]
-
-
-class BatchSelection(NamedTuple):
-    """What a BatchTopK selection kept, and the smallest value kept anywhere in the global batch."""
-
-    latents: SparseLatents
-    smallest_kept: float
-
-
-def largest(values: Float[Tensor, " n"], n_keep: int) -> Bool[Tensor, " n"]:
-    """Mask of the `n_keep` largest values; of equal ones those with the lowest index."""
-    if n_keep >= len(values):
-        return torch.ones_like(values, dtype=torch.bool)
-    smallest = values.topk(n_keep, sorted=False).values.min()
-    keep = values > smallest
-    ties = (values == smallest).nonzero().squeeze(1)
-    keep[ties[: n_keep - int(keep.sum())]] = True
-    return keep
+__all__ = [
+    "BatchSelection",
+    "Encoder",
+    "decode",
+    "differentiable",
+    "largest",
+    "multiplies_bf16",
+    "select_above",
+    "select_batchtopk",
+    "select_topk",
+    "squared_error",
+    "squared_distance",
+]
 
 
-def _block_rows(encoder: Encoder) -> int:
-    return max(1, _BLOCK_ELEMENTS // encoder.W_enc.shape[1])
+class _Layout:
+    """The pattern of row-major sparse latents, sorted both ways; each order is made once and shared by all gradients."""
+
+    def __init__(self, row: Int[Tensor, " n_active"], latent: Int[Tensor, " n_active"]) -> None:
+        self.row = row
+        self.latent = latent
+        self.n_rows = 0
+        self.d_sae = 0
+
+    @cached_property
+    def by_row(self) -> Int[Tensor, " n_offsets"]:
+        """Where each row's entries start; one more than rows."""
+        return _starts(self.row, self.n_rows)
+
+    @cached_property
+    def by_latent(self) -> tuple[Int[Tensor, " n_offsets"], Int[Tensor, " n_active"], Int[Tensor, " n_active"]]:
+        """Where each latent's entries start once sorted by latent and row, the entries in that order, and their rows."""
+        loops = usable()
+        if loops is None or self.row.device.type != "cpu":
+            order = self.latent.argsort(stable=True)
+            return _starts(self.latent, self.d_sae), order, self.row[order]
+        starts, order, rows = torch.empty(self.d_sae + 1, dtype=torch.int64), self.row.clone(), self.row.clone()
+        loops.sort_by_latent(self.by_row.numpy(), self.latent.numpy(), starts.numpy(), order.numpy(), rows.numpy())
+        return starts, order, rows
 
 
-def select_above(encoder: Encoder, bound: float, *, bf16: bool = False) -> SparseLatents:
-    """All pre-activations strictly above `bound`, in row-major order.
-
-    Args:
-        bf16: run the dense product in bfloat16 to find candidates, then compute their values in float32. Entries within
-            the rounding of bfloat16 (about 0.4 %) of the bound may be missed, all values are exact.
-    """
-    d_sae = encoder.W_enc.shape[1]
-    dtype = torch.bfloat16 if bf16 else encoder.W_enc.dtype
-    x, W_enc, b_enc = (tensor.to(dtype) for tensor in encoder)
-    n_rows = _block_rows(encoder)
-    flat_indices, values = [], []
-    for start in range(0, len(x), n_rows):
-        block = torch.addmm(b_enc, x[start : start + n_rows], W_enc).view(-1)
-        index = (block > bound).nonzero().squeeze(1)
-        values.append(block[index])
-        flat_indices.append(index + start * d_sae)
-    flat_index, value = torch.cat(flat_indices), torch.cat(values)
-    row = torch.div(flat_index, d_sae, rounding_mode="floor")
-    found = SparseLatents(row, flat_index - row * d_sae, value)
-    return _exact(found, encoder, bound) if bf16 else found
+_LAYOUTS = WeakTensorKeyDictionary()
+"""The layout of each `SparseLatents.latent` that is still alive."""
 
 
-def _exact(found: SparseLatents, encoder: Encoder, bound: float) -> SparseLatents:
-    """The float32 values of entries found in lower precision; those not above `bound` are dropped."""
-    dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        encoder.x_centred, encoder.W_enc.t(), found.latent, _offsets(found.row, len(encoder.x_centred)), found.row, 0
+def _layout(row: Tensor, latent: Tensor, *, n_rows: int = 0, d_sae: int = 0) -> _Layout:
+    layout: _Layout | None = _LAYOUTS.get(latent)
+    if layout is None or layout.row is not row:
+        layout = _LAYOUTS[latent] = _Layout(row, latent)
+    layout.n_rows, layout.d_sae = max(layout.n_rows, n_rows), max(layout.d_sae, d_sae)
+    return layout
+
+
+def _starts(index: Int[Tensor, " n_active"], n_bins: int) -> Int[Tensor, " n_offsets"]:
+    """Where each bin starts among the entries once they are sorted by `index`; one more than bins."""
+    starts = torch.zeros(n_bins + 1, dtype=torch.int64, device=index.device)
+    torch.cumsum(torch.bincount(index, minlength=n_bins), 0, out=starts[1:])
+    return starts
+
+
+def _weighted_sums(
+    starts: Int[Tensor, " n_offsets"],
+    members: Int[Tensor, " n_active"],
+    weights: Float[Tensor, " n_active"],
+    table: Float[Tensor, "n_members width"],
+    base: Float[Tensor, " width"] | None = None,
+) -> Float[Tensor, "n_bins width"]:
+    """base + Σ weights[e] * table[members[e]] over the entries of each bin, in their order."""
+    loops = usable(weights, table)
+    if loops is None:
+        sums = F.embedding_bag(
+            members, table, starts, mode="sum", per_sample_weights=weights, include_last_offset=True
+        )
+        return sums if base is None else sums.add_(base)
+    n_bins, threads = len(starts) - 1, n_threads()
+    # Bins that differ in size are divided so that every thread gets as many entries.
+    shares = np.arange(1, threads) * (len(members) / threads)
+    bounds = np.concatenate([[0], np.searchsorted(starts.numpy()[:-1], shares), [n_bins]])
+    base = table.new_zeros(table.shape[1]) if base is None else base
+    out = table.new_empty(n_bins, table.shape[1])
+    loops.weighted_sums(
+        starts.numpy(),
+        members.numpy(),
+        weights.contiguous().numpy(),
+        table.contiguous().numpy(),
+        base.contiguous().numpy(),
+        out.numpy(),
+        bounds,
     )
-    value = dots + encoder.b_enc[found.latent]
-    keep = value > bound
-    return SparseLatents(found.row[keep], found.latent[keep], value[keep])
+    return out
 
 
-def _estimate_smallest_kept(encoder: Encoder, share: float) -> float:
-    """The value that `share` of all pre-activations exceed, judged by the first block of rows; not below 0."""
-    rows = encoder.x_centred[: _block_rows(encoder)]
-    block = torch.addmm(encoder.b_enc, rows, encoder.W_enc).view(-1)
-    n_above = max(1, min(len(block), round(share * len(block))))
-    return float(block.topk(n_above, sorted=False).values.min().relu())
-
-
-def select_batchtopk(
-    encoder: Encoder, n_keep: int, last_smallest: float, group: Group, *, bf16: bool = False
-) -> BatchSelection:
-    """The `n_keep` largest positive pre-activations of the batch that all processes of `group` hold together.
-
-    Exact whatever `last_smallest` is: it only brackets the search. When fewer than `n_keep` survive the bracket, it is
-    lowered, in the end to zero.
-
-    Args:
-        n_keep: k times the tokens of the global batch.
-        last_smallest: `smallest_kept` of the step before; 0 when there was none, which estimates it. Equal in all
-            processes.
-    """
-    if last_smallest == 0:
-        n_own = n_keep / group.world_size
-        estimate = _estimate_smallest_kept(encoder, n_own / (len(encoder.x_centred) * len(encoder.b_enc)))
-        last_smallest = group.mean_float(estimate)
-    for bound in (_BOUND_MARGIN * last_smallest, 0.5 * last_smallest, 0.0):
-        found = select_above(encoder, bound, bf16=bf16)
-        if bound == 0 or group.sum_int(len(found.value)) >= n_keep:
-            break
-    everywhere, own = group.gather_values(found.value)
-    keep = largest(everywhere, n_keep)
-    smallest_kept = float(everywhere[keep].min()) if len(everywhere) else 0.0
-    keep = keep[own]
-    return BatchSelection(SparseLatents(found.row[keep], found.latent[keep], found.value[keep]), smallest_kept)
-
-
-def select_topk(encoder: Encoder, k: int) -> SparseLatents:
-    """The k largest pre-activations of each row where positive, in row-major order."""
-    n_rows = _block_rows(encoder)
-    values, latents = [], []
-    for start in range(0, len(encoder.x_centred), n_rows):
-        block = torch.addmm(encoder.b_enc, encoder.x_centred[start : start + n_rows], encoder.W_enc)
-        top = block.topk(k, dim=1, sorted=False)
-        values.append(top.values)
-        latents.append(top.indices)
-    latent, order = torch.cat(latents).sort(dim=1)
-    value = torch.cat(values).gather(1, order)
-    row, slot = (value > 0).nonzero(as_tuple=True)
-    return SparseLatents(row, latent[row, slot], value[row, slot])
+def _dots(
+    layout: _Layout, left: Float[Tensor, "n_rows width"], right: Float[Tensor, "d_sae width"]
+) -> Float[Tensor, " n_active"]:
+    """left[row] · right[latent] for every entry."""
+    loops = usable(left, right)
+    if loops is None:
+        dots: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            left, right, layout.latent, layout.by_row, layout.row, 0
+        )
+        return dots
+    dots = left.new_empty(len(layout.latent))
+    loops.dot_products(
+        layout.by_row.numpy(),
+        layout.latent.numpy(),
+        left.contiguous().numpy(),
+        right.contiguous().numpy(),
+        dots.numpy(),
+        n_threads(),
+    )
+    return dots
 
 
 class _SelectedPreActs(torch.autograd.Function):
@@ -161,25 +167,18 @@ class _SelectedPreActs(torch.autograd.Function):
         latent: Int[Tensor, " n_active"],
         value: Float[Tensor, " n_active"],
     ) -> Float[Tensor, " n_active"]:
-        ctx.save_for_backward(W_enc, x_centred, row, latent)
+        ctx.save_for_backward(W_enc, x_centred)
+        ctx.layout = _layout(row, latent, n_rows=len(x_centred), d_sae=W_enc.shape[1])
         ctx.shifts_input = b_dec is not None
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        W_enc, x_centred, row, latent = ctx.saved_tensors
-        d_sae = W_enc.shape[1]
-        by_latent = latent.argsort(stable=True)
-        grad_W_enc = F.embedding_bag(
-            row[by_latent],
-            x_centred,
-            _offsets(latent, d_sae),
-            mode="sum",
-            per_sample_weights=grad[by_latent],
-            include_last_offset=True,
-        ).t()
-        grad_b_enc = torch.zeros(d_sae, dtype=grad.dtype, device=grad.device).index_add_(0, latent, grad)
+        W_enc, x_centred = ctx.saved_tensors
+        starts, order, rows = ctx.layout.by_latent
+        grad_W_enc = _weighted_sums(starts, rows, grad[order], x_centred).t()
+        grad_b_enc = grad.new_zeros(W_enc.shape[1]).index_add_(0, ctx.layout.latent, grad)
         grad_b_dec = -(W_enc @ grad_b_enc) if ctx.shifts_input else None
         return grad_W_enc, grad_b_enc, grad_b_dec, None, None, None, None
 
@@ -190,23 +189,77 @@ def differentiable(latents: SparseLatents, encoder: Encoder, b_dec: Float[Tensor
     return SparseLatents(latents.row, latents.latent, value)
 
 
+class _Decode(torch.autograd.Function):
+    """x_hat_i = b_dec + Σ_j f_ij W_dec[j] over the entries (i, j); with G the gradient of x_hat
+
+    df_ij     = G_i · W_dec[j]
+    dW_dec[j] = Σ_i f_ij G_i
+    db_dec    = Σ_i G_i
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        value: Float[Tensor, " n_active"],
+        W_dec: Float[Tensor, "d_sae d_in"],
+        b_dec: Float[Tensor, " d_in"],
+        layout: _Layout,
+    ) -> Float[Tensor, "n_tokens d_in"]:
+        ctx.save_for_backward(value, W_dec)
+        ctx.layout = layout
+        return _weighted_sums(layout.by_row, layout.latent, value, W_dec, b_dec)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        value, W_dec = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_value = _dots(ctx.layout, grad, W_dec) if ctx.needs_input_grad[0] else None
+        grad_W_dec = None
+        if ctx.needs_input_grad[1]:
+            starts, order, rows = ctx.layout.by_latent
+            grad_W_dec = _weighted_sums(starts, rows, value[order], grad)
+        return grad_value, grad_W_dec, grad.sum(dim=0) if ctx.needs_input_grad[2] else None, None
+
+
 def decode(
     latents: SparseLatents, W_dec: Float[Tensor, "d_sae d_in"], b_dec: Float[Tensor, " d_in"], n_tokens: int
 ) -> Float[Tensor, "n_tokens d_in"]:
     """latent_acts @ W_dec + b_dec from row-major sparse latents, differentiable in all three."""
-    x_hat = F.embedding_bag(
-        latents.latent,
-        W_dec,
-        _offsets(latents.row, n_tokens),
-        mode="sum",
-        per_sample_weights=latents.value,
-        include_last_offset=True,
-    )
-    return x_hat + b_dec
+    layout = _layout(latents.row, latents.latent, n_rows=n_tokens, d_sae=len(W_dec))
+    x_hat: Tensor = _Decode.apply(latents.value, W_dec, b_dec, layout)  # type: ignore[no-untyped-call]
+    return x_hat
 
 
-def _offsets(index: Int[Tensor, " n_active"], n_bins: int) -> Int[Tensor, " n_offsets"]:
-    """Where each bin starts among the entries once they are sorted by `index`; one more than bins."""
-    offsets = torch.zeros(n_bins + 1, dtype=torch.int64, device=index.device)
-    torch.cumsum(torch.bincount(index, minlength=n_bins), 0, out=offsets[1:])
-    return offsets
+# ---- errors -----------------------------------------------------------------------------------------------------------
+
+
+def squared_distance(x: Float[Tensor, "batch width"], y: Float[Tensor, "rows width"]) -> Float[Tensor, ""]:
+    """Σ ‖x_b − y_b‖² without the array of differences; y has as many rows as x, or one. Carries no gradient."""
+    x, y = x.detach(), y.detach()
+    loops = usable(x, y)
+    if loops is None:
+        return (x - y).square().sum()
+    squares = x.new_empty(len(x))
+    loops.squared_distances(x.contiguous().numpy(), y.contiguous().numpy(), squares.numpy(), n_threads())
+    return squares.sum()
+
+
+class _SquaredError(torch.autograd.Function):
+    """Σ ‖x_hat_b − x_b‖² with the gradient 2 (x_hat − x) for x_hat alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x_hat: Float[Tensor, "batch width"], x: Float[Tensor, "batch width"]) -> Float[Tensor, ""]:
+        ctx.save_for_backward(x_hat, x)
+        return squared_distance(x_hat, x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        x_hat, x = ctx.saved_tensors
+        return (x_hat - x).mul_(2 * grads[0]), None
+
+
+def squared_error(x_hat: Float[Tensor, "batch width"], x: Float[Tensor, "batch width"]) -> Float[Tensor, ""]:
+    """Σ ‖x_hat_b − x_b‖², differentiable in `x_hat`."""
+    error: Tensor = _SquaredError.apply(x_hat, x)  # type: ignore[no-untyped-call]
+    return error

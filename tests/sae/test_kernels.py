@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from sae import BatchTopKConfig, build
 from sae.base import SAE, SparseLatents
-from sae.kernels import cpu, reference
+from sae.kernels import cpu, reference, select
 from sae.parallel import Group
 
 N, D_IN, D_SAE, K = 60, 12, 48, 5
@@ -39,7 +39,7 @@ def dense_pre_acts(encoder: cpu.Encoder) -> torch.Tensor:
 def test_batchtopk_selection_equals_the_oracle_whatever_the_bracket(
     last_smallest: float, block_elements: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu, "_BLOCK_ELEMENTS", block_elements)
+    monkeypatch.setattr(select, "_BLOCK_ELEMENTS", block_elements)
     _, _, encoder = problem()
     pre_acts = dense_pre_acts(encoder)
     latents, smallest = cpu.select_batchtopk(encoder, K * N, last_smallest, Group())
@@ -89,7 +89,7 @@ def test_largest_breaks_ties_towards_the_lowest_index(values: list[int], n_keep:
 
 @pytest.mark.parametrize("block_elements", [1, 7 * D_SAE, 10**9])
 def test_topk_selection_equals_the_oracle(block_elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_BLOCK_ELEMENTS", block_elements)
+    monkeypatch.setattr(select, "_BLOCK_ELEMENTS", block_elements)
     _, _, encoder = problem()
     latents = cpu.select_topk(encoder, K)
     assert torch.equal(as_mask(latents, (N, D_SAE)), reference.topk_mask(dense_pre_acts(encoder), K))
