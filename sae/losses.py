@@ -3,10 +3,12 @@
 from jaxtyping import Float
 from torch import Tensor
 
+from sae.kernels.errors import squared_distance, squared_error
+
 
 def total_variance(x: Float[Tensor, "batch d_in"]) -> Float[Tensor, ""]:
     """Variance of a batch summed over dimensions: mean_b ‖x_b − mean(x)‖²."""
-    return (x - x.mean(dim=0)).square().sum() / len(x)
+    return squared_distance(x, x.mean(dim=0, keepdim=True)) / len(x)
 
 
 def reconstruction_loss(
@@ -22,7 +24,7 @@ def reconstruction_loss(
         variance: `total_variance` of the whole batch. With several processes it is the variance of the global batch.
         n_tokens: tokens in the whole batch, so that the processes' losses add up.
     """
-    return (x_hat - x).square().sum() / (n_tokens * variance)
+    return squared_error(x_hat, x) / (n_tokens * variance)
 
 
 def auxk_loss(
@@ -46,4 +48,4 @@ def auxk_loss(
         variance: `total_variance` of the residual over the whole batch.
         n_tokens: tokens in the whole batch.
     """
-    return (residual_hat - residual.detach()).square().sum() / (n_tokens * variance)
+    return squared_error(residual_hat, residual.detach()) / (n_tokens * variance)

@@ -35,7 +35,7 @@ class StepContext(NamedTuple):
     k_aux: int
     """Dead latents that each token uses in it."""
     bf16: bool
-    """Search for the candidates of a batch selection in bfloat16."""
+    """Search for the candidates of a selection in bfloat16."""
 
 
 class StepLosses(NamedTuple):

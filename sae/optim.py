@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from sae.base import SAE
+from sae.kernels.update import fused_update
 from sae.parallel import Group
 
 
@@ -33,18 +34,22 @@ class Optimizer:
         self.adam.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         self.group.sum_gradients(parameters)
+        assert self.sae.W_dec.grad is not None
+        for param_group in self.adam.param_groups:
+            param_group["lr"] = lr
+        if not fused_update(self.sae, self.adam, self.grad_clip):
+            self._update_in_steps(parameters)
+        self.sae.after_update()
+
+    def _update_in_steps(self, parameters: list[nn.Parameter]) -> None:
         W_dec = self.sae.W_dec
-        assert W_dec.grad is not None
-        if self.sae.unit_norm_decoder:
+        if self.sae.unit_norm_decoder and W_dec.grad is not None:
             project_gradient(W_dec.data, W_dec.grad)
         if self.grad_clip is not None:
             torch.nn.utils.clip_grad_norm_(parameters, self.grad_clip)
-        for param_group in self.adam.param_groups:
-            param_group["lr"] = lr
         self.adam.step()
         if self.sae.unit_norm_decoder:
             normalise_rows(W_dec.data)
-        self.sae.after_update()
 
     def state_dict(self) -> dict[str, Any]:
         """The moments, flat: `adam.PARAMETER.KEY`. Tensors are not copies."""

@@ -27,9 +27,9 @@ def training_encoder(sae: SAE, x: Float[Tensor, "batch d_in"]) -> Encoder:
 
 
 @torch.no_grad()
-def select_topk(encoder: Encoder, k: int) -> SparseLatents:
+def select_topk(encoder: Encoder, k: int, context: StepContext) -> SparseLatents:
     """The k largest positive pre-activations of each token."""
-    return kernels.select_topk(encoder, k)
+    return kernels.select_topk(encoder, k, bf16=context.bf16)
 
 
 @torch.no_grad()
@@ -59,9 +59,14 @@ def sparse_losses(
 
     total = Σ_b ‖target_b − x_hat_b‖² / (n_tokens · variance) + auxk_alpha · auxk_loss
     """
-    x_hat = decode(live_latents(sae, encoder, latents), sae.W_dec, sae.b_dec, len(x)) + sae.bypass(x)
+    x_hat = decode(live_latents(sae, encoder, latents), sae.W_dec, sae.b_dec, len(x))
+    bypass = sae.bypass(x)
+    if isinstance(bypass, Tensor):
+        x_hat = x_hat + bypass
     reconstruction = reconstruction_loss(target, x_hat, context.variance, context.n_tokens)
-    total = reconstruction + auxk_term(sae, x, target - x_hat, context)
+    total = reconstruction
+    if revives_dead_latents(context):
+        total = total + auxk_term(sae, x, target - x_hat, context)
     return step_losses(total, reconstruction, latents, sae.d_sae, smallest_kept)
 
 
@@ -79,11 +84,16 @@ def step_losses(
     return StepLosses(total, reconstruction, fired, n_active, smallest_kept)
 
 
+def revives_dead_latents(context: StepContext) -> bool:
+    """Whether this step has an AuxK loss: it is configured, and some latent is dead."""
+    return context.auxk_alpha > 0 and bool(context.dead.any())
+
+
 def auxk_term(
     sae: SAE, x: Float[Tensor, "batch d_in"], residual: Float[Tensor, "batch d_out"], context: StepContext
 ) -> Float[Tensor, ""] | float:
     """auxk_alpha · auxk_loss; 0 while no latent is dead."""
-    if context.auxk_alpha == 0 or not bool(context.dead.any()):
+    if not revives_dead_latents(context):
         return 0.0
     residual = residual.detach()
     variance, _ = context.group.total_variance(residual)

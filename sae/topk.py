@@ -49,4 +49,4 @@ class TopKSAE(SAE):
     ) -> StepLosses:
         """Reconstruction from each token's k latents, and AuxK."""
         encoder = training_encoder(self, x)
-        return sparse_losses(self, x, target, encoder, select_topk(encoder, self.config.k), context)
+        return sparse_losses(self, x, target, encoder, select_topk(encoder, self.config.k, context), context)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sae.architectures import empty
 from sae.base import SAE
+from sae.kernels.select import multiplies_bf16
 from sae.normalise import Normaliser
 from sae.objective import StepContext, StepLosses
 from sae.optim import Optimizer, schedule
@@ -58,8 +59,9 @@ class TrainerConfig:
     grad_clip: float | None = 1.0
     """Largest norm of the whole gradient; None turns clipping off."""
 
-    autocast_bf16: bool = False
-    """Find the candidates of a selection over the batch in bfloat16. Their values and all gradients stay float32."""
+    autocast_bf16: bool | None = None
+    """Find the candidates of a selection in bfloat16. Their values and all gradients stay float32. None means where the
+    hardware multiplies bfloat16 faster: AMX, tensor cores."""
 
     def __post_init__(self) -> None:
         wrong = []
@@ -190,7 +192,7 @@ class Trainer:
             smallest_kept=self._smallest_kept,
             auxk_alpha=config.auxk_alpha,
             k_aux=config.k_aux or self.sae.d_in // 2,
-            bf16=config.autocast_bf16,
+            bf16=multiplies_bf16(self.device) if config.autocast_bf16 is None else config.autocast_bf16,
         )
         losses = self.sae.objective(x, target, context)
         loss, batch_fvu, n_active = self.group.sum(

@@ -15,7 +15,6 @@ CPUs, with the extra `fast`), and torch operations, which exist on every device.
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -23,7 +22,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from sae.base import SparseLatents
-from sae.kernels.loops import n_threads, usable
+from sae.kernels.loops import n_shares, share, share_evenly, usable
 from sae.kernels.select import (
     BatchSelection,
     Encoder,
@@ -44,13 +43,11 @@ __all__ = [
     "select_above",
     "select_batchtopk",
     "select_topk",
-    "squared_error",
-    "squared_distance",
 ]
 
 
 class _Layout:
-    """The pattern of row-major sparse latents, sorted both ways; each order is made once and shared by all gradients."""
+    """The pattern of row-major sparse latents, sorted both ways; each order is made once, for all gradients."""
 
     def __init__(self, row: Int[Tensor, " n_active"], latent: Int[Tensor, " n_active"]) -> None:
         self.row = row
@@ -65,7 +62,7 @@ class _Layout:
 
     @cached_property
     def by_latent(self) -> tuple[Int[Tensor, " n_offsets"], Int[Tensor, " n_active"], Int[Tensor, " n_active"]]:
-        """Where each latent's entries start once sorted by latent and row, the entries in that order, and their rows."""
+        """Where each latent's entries start, sorted by latent and row; the entries in that order; and their rows."""
         loops = usable()
         if loops is None or self.row.device.type != "cpu":
             order = self.latent.argsort(stable=True)
@@ -80,7 +77,7 @@ _LAYOUTS = WeakTensorKeyDictionary()
 
 
 def _layout(row: Tensor, latent: Tensor, *, n_rows: int = 0, d_sae: int = 0) -> _Layout:
-    layout: _Layout | None = _LAYOUTS.get(latent)
+    layout: _Layout | None = _LAYOUTS.get(latent)  # type: ignore[no-untyped-call]
     if layout is None or layout.row is not row:
         layout = _LAYOUTS[latent] = _Layout(row, latent)
     layout.n_rows, layout.d_sae = max(layout.n_rows, n_rows), max(layout.d_sae, d_sae)
@@ -104,25 +101,15 @@ def _weighted_sums(
     """base + Σ weights[e] * table[members[e]] over the entries of each bin, in their order."""
     loops = usable(weights, table)
     if loops is None:
-        sums = F.embedding_bag(
-            members, table, starts, mode="sum", per_sample_weights=weights, include_last_offset=True
-        )
+        sums = F.embedding_bag(members, table, starts, mode="sum", per_sample_weights=weights, include_last_offset=True)
         return sums if base is None else sums.add_(base)
-    n_bins, threads = len(starts) - 1, n_threads()
-    # Bins that differ in size are divided so that every thread gets as many entries.
-    shares = np.arange(1, threads) * (len(members) / threads)
-    bounds = np.concatenate([[0], np.searchsorted(starts.numpy()[:-1], shares), [n_bins]])
-    base = table.new_zeros(table.shape[1]) if base is None else base
+    n_bins, n = len(starts) - 1, n_shares(len(members) * table.shape[1])
+    # Bins differ in size: they are divided so that every thread gets about as many entries.
+    inner = torch.searchsorted(starts[:-1].contiguous(), torch.arange(1, n) * (len(members) // n)).tolist()
     out = table.new_empty(n_bins, table.shape[1])
-    loops.weighted_sums(
-        starts.numpy(),
-        members.numpy(),
-        weights.contiguous().numpy(),
-        table.contiguous().numpy(),
-        base.contiguous().numpy(),
-        out.numpy(),
-        bounds,
-    )
+    base = table.new_zeros(table.shape[1]) if base is None else base
+    arrays = (tensor.contiguous().numpy() for tensor in (starts, members, weights, table, base))
+    share(loops.weighted_sums, [0, *inner, n_bins], *arrays, out.numpy())
     return out
 
 
@@ -137,14 +124,8 @@ def _dots(
         )
         return dots
     dots = left.new_empty(len(layout.latent))
-    loops.dot_products(
-        layout.by_row.numpy(),
-        layout.latent.numpy(),
-        left.contiguous().numpy(),
-        right.contiguous().numpy(),
-        dots.numpy(),
-        n_threads(),
-    )
+    arrays = (tensor.contiguous().numpy() for tensor in (layout.by_row, layout.latent, left, right))
+    share_evenly(loops.dot_products, len(left), dots.numel() * left.shape[1], *arrays, dots.numpy())
     return dots
 
 
@@ -229,37 +210,3 @@ def decode(
     layout = _layout(latents.row, latents.latent, n_rows=n_tokens, d_sae=len(W_dec))
     x_hat: Tensor = _Decode.apply(latents.value, W_dec, b_dec, layout)  # type: ignore[no-untyped-call]
     return x_hat
-
-
-# ---- errors -----------------------------------------------------------------------------------------------------------
-
-
-def squared_distance(x: Float[Tensor, "batch width"], y: Float[Tensor, "rows width"]) -> Float[Tensor, ""]:
-    """Σ ‖x_b − y_b‖² without the array of differences; y has as many rows as x, or one. Carries no gradient."""
-    x, y = x.detach(), y.detach()
-    loops = usable(x, y)
-    if loops is None:
-        return (x - y).square().sum()
-    squares = x.new_empty(len(x))
-    loops.squared_distances(x.contiguous().numpy(), y.contiguous().numpy(), squares.numpy(), n_threads())
-    return squares.sum()
-
-
-class _SquaredError(torch.autograd.Function):
-    """Σ ‖x_hat_b − x_b‖² with the gradient 2 (x_hat − x) for x_hat alone."""
-
-    @staticmethod
-    def forward(ctx: Any, x_hat: Float[Tensor, "batch width"], x: Float[Tensor, "batch width"]) -> Float[Tensor, ""]:
-        ctx.save_for_backward(x_hat, x)
-        return squared_distance(x_hat, x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        x_hat, x = ctx.saved_tensors
-        return (x_hat - x).mul_(2 * grads[0]), None
-
-
-def squared_error(x_hat: Float[Tensor, "batch width"], x: Float[Tensor, "batch width"]) -> Float[Tensor, ""]:
-    """Σ ‖x_hat_b − x_b‖², differentiable in `x_hat`."""
-    error: Tensor = _SquaredError.apply(x_hat, x)  # type: ignore[no-untyped-call]
-    return error

@@ -1,11 +1,25 @@
-"""Where the compiled loops can be used: numba installed, float32 on the CPU. Everything else takes torch operations."""
+"""When the compiled loops are used, and how threads share one.
 
+The loops work on float32 tensors on the CPU, where numba is installed; everything else takes torch operations.
+
+Threads: numba's own pool beside that of torch would make both wait actively for each other's cores, so the loops are
+compiled without it; they release the interpreter's lock and run on plain Python threads that sleep between calls.
+"""
+
+import itertools
+import os
 import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
+
+_WORK_PER_THREAD = 300_000
+"""Least elements touched that are worth waking another thread for: some 50 microseconds."""
 
 
 @cache
@@ -14,7 +28,7 @@ def _compiled() -> ModuleType | None:
     try:
         from sae.kernels import compiled
     except ImportError as error:
-        if getattr(error, "name", "") != "numba":
+        if error.name != "numba":
             warnings.warn(f"The compiled loops are switched off, training is slower: {error}", stacklevel=2)
         return None
     return compiled
@@ -27,11 +41,30 @@ def usable(*tensors: Tensor) -> ModuleType | None:
     return None
 
 
-def n_threads() -> int:
-    """Threads that a loop is divided among: those of torch, as far as numba may use them."""
-    import numba
+@cache
+def _helpers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 2) - 1), thread_name_prefix="sae-kernels")
 
-    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
-    if numba.get_num_threads() != threads:
-        numba.set_num_threads(threads)
-    return int(threads)
+
+os.register_at_fork(after_in_child=_helpers.cache_clear)  # threads do not survive a fork
+
+
+def n_shares(work: int) -> int:
+    """Threads that are worth using on a loop that touches `work` elements; at most those that torch may use."""
+    return max(1, min(torch.get_num_threads(), work // _WORK_PER_THREAD))
+
+
+def share(loop: Callable[..., None], bounds: Sequence[int], *args: Any) -> None:
+    """Run loop(start, stop, *args) for each pair of neighbours in `bounds`, in parallel; the caller does the first."""
+    futures = [
+        _helpers().submit(loop, start, stop, *args) for start, stop in itertools.pairwise(bounds[1:]) if stop > start
+    ]
+    loop(bounds[0], bounds[1], *args)
+    for future in futures:
+        future.result()
+
+
+def share_evenly(loop: Callable[..., None], n_rows: int, work: int, *args: Any) -> None:
+    """`share` with as many rows in each part; `work` is the number of elements that the loop touches in all."""
+    n = n_shares(work)
+    share(loop, [i * n_rows // n for i in range(n + 1)], *args)

@@ -2,7 +2,8 @@
 
 The encoder runs over blocks of tokens and only the survivors of each block are kept. Its product is in bfloat16 where
 the processor multiplies bfloat16 faster than float32 (`multiplies_bf16`); survivors are then found with a margin of
-their rounding and recomputed in float32, so that values, ties and, up to that margin, the selection are those of float32.
+their rounding and recomputed in float32, so that values, ties and, up to that margin, the selection are those of
+float32.
 
 Ties go to the lowest flat index, row * d_sae + latent.
 """
@@ -16,7 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae.base import SparseLatents
-from sae.kernels.loops import n_threads, usable
+from sae.kernels.loops import share_evenly, usable
 from sae.parallel import Group
 
 _BLOCK_ELEMENTS = 4_000_000
@@ -86,7 +87,7 @@ def _search(encoder: Encoder, k: int, bound: float, bf16: bool) -> SparseLatents
     loops = usable(x, W_enc, b_enc)
     if loops is None:
         return None
-    d_sae, dtype, threads = W_enc.shape[1], torch.bfloat16 if bf16 else torch.float32, n_threads()
+    d_sae, dtype = W_enc.shape[1], torch.bfloat16 if bf16 else torch.float32
     by_latent = W_enc.t().contiguous().numpy()
     low = tuple(tensor.to(dtype) for tensor in (x, W_enc, b_enc))
     lowest = np.int32(max(1, (_key(bound) >> 16) - _BF16_SLACK) if bf16 else _key(bound) + 1)
@@ -98,28 +99,32 @@ def _search(encoder: Encoder, k: int, bound: float, bf16: bool) -> SparseLatents
     for start in range(0, len(x), n_rows):
         block = torch.addmm(low[2], low[0][start : start + n_rows], low[1], out=buffer[: min(n_rows, len(x) - start)])
         keys = block.view(torch.int16 if bf16 else torch.int32).numpy()
-        counts = np.empty(len(block), np.int64)
+        n_block = len(block)
+        counts = np.empty(n_block, np.int64)
         while True:
-            latents = np.empty((len(block), capacity), np.int32)
-            loops.select_rows(keys, k, lowest, slack, latents, counts, threads)
+            latents = np.empty((n_block, capacity), np.int32)
+            share_evenly(loops.select_rows, n_block, block.numel(), keys, k, lowest, slack, latents, counts)
             if counts.max() <= capacity:
                 break
             capacity = min(d_sae, 2 * int(counts.max()))
-        values = np.empty((len(block), capacity), np.float32)
+        values = np.empty((n_block, capacity), np.float32)
+        n_found = int(counts.sum())
         if bf16:
             rows = x[start : start + n_rows].numpy()
-            loops.recompute(rows, by_latent, b_enc.numpy(), latents, counts, values, threads)
-            loops.prune(latents, values, counts, k, np.float32(bound), threads)
+            work = n_found * x.shape[1]
+            share_evenly(loops.recompute, n_block, work, rows, by_latent, b_enc.numpy(), latents, counts, values)
+            share_evenly(loops.prune, n_block, n_found, latents, values, counts, k, np.float32(bound))
         else:
-            loops.take(block.numpy(), latents, counts, values, threads)
-        offsets = np.zeros(len(block) + 1, np.int64)
+            share_evenly(loops.take, n_block, n_found, block.numpy(), latents, counts, values)
+        offsets = np.zeros(n_block + 1, np.int64)
         np.cumsum(counts, out=offsets[1:])
         part = (
             torch.empty(offsets[-1], dtype=torch.int64),
             torch.empty(offsets[-1], dtype=torch.int64),
             torch.empty(offsets[-1], dtype=torch.float32),
         )
-        loops.flatten(latents, values, counts, offsets, start, *(tensor.numpy() for tensor in part), threads)
+        flat = (tensor.numpy() for tensor in part)
+        share_evenly(loops.flatten, n_block, n_found, latents, values, counts, offsets, start, *flat)
         parts.append(part)
     return SparseLatents(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
@@ -159,7 +164,7 @@ def _exact(found: SparseLatents, encoder: Encoder) -> Float[Tensor, " n_active"]
     x, W_enc, b_enc = encoder
     offsets = torch.zeros(len(x) + 1, dtype=torch.int64, device=x.device)
     torch.cumsum(torch.bincount(found.row, minlength=len(x)), 0, out=offsets[1:])
-    dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+    dots: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
         x, W_enc.t(), found.latent, offsets, found.row, 0
     )
     return dots + b_enc[found.latent]

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from sae import BatchTopKConfig, build
 from sae.base import SAE, SparseLatents
-from sae.kernels import cpu, reference, select
+from sae.kernels import cpu, loops, reference, select
+from sae.optim import Optimizer
 from sae.parallel import Group
 
 N, D_IN, D_SAE, K = 60, 12, 48, 5
@@ -125,3 +126,25 @@ def test_decode_gives_b_dec_to_tokens_without_latents() -> None:
     torch.testing.assert_close(x_hat[0], sae.b_dec)
     torch.testing.assert_close(x_hat[1], sae.b_dec + 2 * sae.W_dec[4])
     torch.testing.assert_close(x_hat[2], sae.b_dec)
+
+
+def test_fused_update_equals_the_steps_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def trained(fused: bool, grad_clip: float | None) -> dict[str, torch.Tensor]:
+        sae, x, _ = problem()
+        optimizer = Optimizer(sae, Group(), lr=1e-2, betas=None, grad_clip=grad_clip)
+        if not fused:
+            monkeypatch.setattr("sae.optim.fused_update", lambda *_: False)
+        for step in range(5):
+            optimizer.update((sae.pre_acts(x).relu() @ sae.W_dec + sae.b_dec - x).square().mean(), 1e-2 / (step + 1))
+        monkeypatch.undo()
+        return dict(sae.named_parameters()) | optimizer.state_dict()
+
+    if loops.usable() is None:
+        pytest.skip("numba is not installed")
+    for grad_clip in (None, 0.01):
+        fused, plain = trained(True, grad_clip), trained(False, grad_clip)
+        assert fused.keys() == plain.keys()
+        for name, tensor in fused.items():
+            torch.testing.assert_close(
+                tensor, plain[name], rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
+            )
