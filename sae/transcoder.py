@@ -94,6 +94,6 @@ class Transcoder(ThresholdSAE):
         """Prediction of the target from the selected latents, and AuxK."""
         encoder = training_encoder(self, x)
         if not self.has_threshold:
-            return sparse_losses(self, x, target, encoder, select_topk(encoder, self.config.k), context)
+            return sparse_losses(self, x, target, encoder, select_topk(encoder, self.config.k, context), context)
         latents, smallest_kept = select_batchtopk(encoder, self.config.k, context)
         return sparse_losses(self, x, target, encoder, latents, context, smallest_kept)
