@@ -16,8 +16,10 @@ from pipelines.harvester import Harvester
 from pipelines.models import ResolvedModel, load_tokenizer, resolve_model
 from pipelines.progress import Reporter
 from pipelines.rundir import RunDir
+from pipelines.sources import locate
 from pipelines.stores import StorePlace, has, place
-from pipelines.tokens import plan_tokens
+from pipelines.tokenising import TextTokenizer
+from pipelines.tokens import TABLES, plan_tokens
 from storage import ActivationStore, ActivationWriter, HookSpec, IncompleteError, Receipt, StoreSpec
 
 __all__ = ["Harvester", "collect", "hook_widths", "open_store", "prepare_store", "store_path"]
@@ -83,14 +85,13 @@ def prepare_store(config: RunConfig, run: RunDir, resolved: ResolvedModel, ui: R
     """
     path = store_path(config, run)
     widths = hook_widths(config, resolved)
-    packed = plan_tokens(
-        config.text, config.collect, load_tokenizer(resolved, config.model.trust_remote_code), config.seed
-    )
+    packed = plan_tokens(config.text, config.collect, text_tokenizer(config, resolved), config.seed, ui=ui)
     spec = StoreSpec(
         n_contexts=len(packed.tokens),
         context_length=config.collect.context_length,
         contexts_per_shard=config.collect.contexts_per_shard,
         n_train_contexts=packed.n_train_contexts,
+        tables=TABLES,
         hooks=tuple(stored_hook(config, name, widths[name]) for name in config.hooks),
         provenance={
             "model": resolved.provenance(),
@@ -120,6 +121,7 @@ def prepare_store(config: RunConfig, run: RunDir, resolved: ResolvedModel, ui: R
         tokens=packed.tokens,
         document=packed.document,
         position=packed.position,
+        tables=packed.tables,
         sidecars={DOCUMENTS_FILE: packed.documents.to_parquet(), SPANS_FILE: packed.spans.to_parquet()},
     )
 
@@ -134,6 +136,19 @@ def stored_hook(config: RunConfig, name: str, d_in: int) -> HookSpec:
         quantisation="int8" if wanted == "int8" else "none",
         compression=config.collect.compression,
     )
+
+
+def text_tokenizer(config: RunConfig, resolved: ResolvedModel) -> TextTokenizer:
+    """The model's tokenizer, with the chat template of the config if that names one.
+
+    Raises:
+        UsageError: the template cannot be read, or the tokenizer is not usable.
+    """
+    template = None
+    if config.collect.chat_template_path is not None:
+        template = locate(config.collect.chat_template_path).read_text(encoding="utf-8")
+    tokenizer = load_tokenizer(resolved, config.model.trust_remote_code)
+    return TextTokenizer.of(tokenizer, chat_template=template, sha256=resolved.tokenizer_sha256)
 
 
 def hook_widths(config: RunConfig, resolved: ResolvedModel) -> dict[str, int]:

@@ -18,6 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from pipelines.errors import UsageError
 from pipelines.yamlfiles import load_yaml
 
+DOCUMENT_COLUMNS = frozenset({"id", "source", "title", "topic", "split", "n_tokens", "text"})
+"""Columns that documents.parquet always has."""
+
 
 class Section(BaseModel):
     """Base of every section: frozen, and an unknown key is an error."""
@@ -53,27 +56,41 @@ class ModelConfig(Section):
 
 
 class TextSource(Section):
-    """One weighted source of documents."""
+    """One weighted source of documents: plain text, chat messages or token ids."""
 
+    id: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Short name, for `select`; by default the path or data set id."""
     path: str | None = None
-    """`.txt` (one document a line), `.jsonl`, `.json`, `.parquet`, or `package://PACKAGE/FILE` for a file of an
-    installed package."""
+    """`.txt`, `.jsonl`, `.json` or `.parquet`, a folder of such files of one kind, or `package://PACKAGE/FILE` for a
+    file of an installed package."""
     dataset: str | None = None
-    """Hugging Face dataset id; needs the extra `hub`."""
+    """Hugging Face dataset id, streamed unless `split` is a slice such as `train[:1%]`; needs the extra `hub`."""
     name: str | None = None
     """Configuration of the Hugging Face dataset."""
     split: str = "train"
     """Split of the Hugging Face dataset."""
     revision: str | None = None
-    """Revision of the Hugging Face dataset."""
+    """Revision of the Hugging Face dataset; resolved to a commit, which is recorded."""
+    shuffle_buffer: int = Field(10_000, gt=0)
+    """Documents among which a streamed dataset is shuffled; other sources are shuffled as a whole."""
     sha256: str | None = None
     """Expected digest of the file."""
-    text_field: str = "text"
-    """Field or column that holds the text."""
+    document: Literal["line", "file"] | None = None
+    """What a document of a `.txt` is; by default a line of a single file, and the whole of each file of a folder."""
+    text_field: str | None = None
+    """Field or column that holds the text; by default `text`."""
+    messages_field: str | None = None
+    """Field or column that holds a chat, a list of {role, content}; it goes through the tokenizer's chat template."""
+    tokens_field: str | None = None
+    """Field or column that holds token ids of the model's tokenizer."""
+    tokenizer_sha256: str | None = None
+    """Expected digest of the tokenizer.json that made `tokens_field`."""
     title_field: str | None = None
     """Field or column that holds a title; it is not given to the model."""
     topic_field: str | None = None
     """Field or column that holds a topic."""
+    columns: tuple[str, ...] = ()
+    """Further fields to keep in documents.parquet, such as url or licence."""
     topics_path: str | None = None
     """JSON object from document id to topic, where the topic is not in the file itself."""
     topics_sha256: str | None = None
@@ -81,10 +98,40 @@ class TextSource(Section):
     weight: float = Field(1.0, gt=0)
     """Share of the tokens, relative to the other sources."""
 
+    @property
+    def kind(self) -> Literal["text", "chat", "tokens"]:
+        """What a document's field holds."""
+        return "chat" if self.messages_field else "tokens" if self.tokens_field else "text"
+
+    @property
+    def field(self) -> str:
+        """The field that holds a document's content."""
+        return self.messages_field or self.tokens_field or self.text_field or "text"
+
+    @property
+    def origin(self) -> str:
+        """Where the documents come from, as the config gives it."""
+        return self.path or f"hub:{self.dataset}"
+
     @model_validator(mode="after")
     def _one_origin(self) -> "TextSource":
         if (self.path is None) == (self.dataset is None):
             raise ValueError("a text source needs exactly one of `path` and `dataset`")
+        fields = [name for name in ("text_field", "messages_field", "tokens_field") if getattr(self, name) is not None]
+        if len(fields) > 1:
+            raise ValueError(f"a text source holds one kind of document: give one of {', '.join(fields)}")
+        if self.tokenizer_sha256 is not None and self.tokens_field is None:
+            raise ValueError("tokenizer_sha256 belongs to `tokens_field`: drop it, or give that")
+        if self.document is not None and self.path is None:
+            raise ValueError("`document` is for `.txt` files: drop it, or give `path`")
+        taken = sorted(set(self.columns) & DOCUMENT_COLUMNS)
+        if taken:
+            raise ValueError(
+                f"`columns` lists {taken}, which documents.parquet has anyway; rename the field, or use title_field or "
+                "topic_field"
+            )
+        if len(set(self.columns)) != len(self.columns):
+            raise ValueError(f"`columns` lists a field twice: {list(self.columns)}")
         return self
 
 
@@ -115,6 +162,10 @@ class CollectConfig(Section):
     """`auto` stores what the model gives; `int8` takes half of bfloat16, `sae info` shows the error that it makes."""
     compression: Literal["none", "blosc"] = "none"
     """`blosc` makes files smaller (`sae info` shows the ratio) and reading slower: no memory map."""
+    chat_template_path: str | None = None
+    """Jinja file used for chats in place of the tokenizer's own template."""
+    text_workers: int | None = Field(None, gt=0)
+    """Processes that tokenise; by default one a core, and none where the text is short."""
     store: str | None = None
     """A shared store outside the run: a folder, or a URL such as s3://bucket/prefix (credentials come from the
     environment); by default `activations/` in the run directory."""

@@ -1,65 +1,160 @@
-"""Texts: local files, files of installed packages, Hugging Face datasets; ordered so that any cut is a fair sample.
+"""Texts of a source, as documents: checked records of files, folders and Hugging Face datasets, read one by one.
 
 Source files are often sorted (the demo text by topic). `stratified_order` therefore shuffles within topics and then
 interleaves the topics, so that every prefix, and the held-out share, has the topics in their proportions.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.chat import checked_messages
 from pipelines.config import TextSource
-from pipelines.documents import Document
 from pipelines.errors import UsageError
+from pipelines.hubtext import hub_provenance, hub_records
 from pipelines.sources import locate, sha256_of
+from pipelines.textfiles import digest_of, read_records, text_files
+
+_USE = {"text": "text_field", "chat": "messages_field", "tokens": "tokens_field"}
 
 
-def read_source(source: TextSource) -> tuple[list[Document], dict[str, str]]:
-    """All non-empty documents of a source, and the provenance that belongs into the store's fingerprint.
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One text before tokenising."""
+
+    id: str
+    title: str
+    topic: str
+    content: bytes
+    """UTF-8 text; or JSON [[role, content], …]; or int32 token ids: as the source's kind says."""
+    columns: str
+    """JSON object of the further fields that the source keeps."""
+
+
+def describe(source: TextSource) -> dict[str, Any]:
+    """What identifies a source's documents: goes into the store's fingerprint and names cached tokens.
 
     Raises:
-        UsageError: missing file or package, unreadable format, missing field, or no documents.
+        UsageError: a missing file or package, an unknown format, another digest than expected, an unknown dataset.
     """
-    origin = source.path or f"hub:{source.dataset}"
     if source.path is not None:
-        path = locate(source.path, sha256=source.sha256)
-        records, provenance = _read_file(path), {"origin": source.path, "sha256": source.sha256 or sha256_of(path)}
+        files = text_files(source.path, source.sha256)
+        folder = Path(source.path).expanduser()
+        digest = digest_of(files, folder if folder.is_dir() else None)
+        provenance: dict[str, Any] = {"origin": source.path, "sha256": digest}
+        if source.document is not None:
+            provenance["document"] = source.document
     else:
-        records, provenance = _read_hub(source)
-    topics: Mapping[str, Any] = {}
+        provenance = hub_provenance(source)
     if source.topics_path is not None:
         topics_file = locate(source.topics_path, sha256=source.topics_sha256)
-        topics = _read_topics(topics_file)
         provenance["topics_sha256"] = source.topics_sha256 or sha256_of(topics_file)
-    documents = []
-    for id_, record in records:
-        if source.text_field not in record:
-            raise UsageError(
-                f"text source {origin}: document {id_!r} has no field {source.text_field!r}; it has "
-                f"{sorted(record)}: set `text_field`"
-            )
-        text = record[source.text_field]
-        if not isinstance(text, str):
-            raise UsageError(
-                f"text source {origin}: field {source.text_field!r} of document {id_!r} is "
-                f"{type(text).__name__}, not text"
-            )
+    return provenance | {"kind": source.kind, "field": source.field}
+
+
+def is_stream(source: TextSource) -> bool:
+    """Whether the documents come from a stream, of which no more is read than is needed."""
+    return source.dataset is not None and "[" not in source.split
+
+
+def documents_of(
+    source: TextSource, *, revision: str | None = None, seed: int = 0, n_vocab: int
+) -> Generator[Document]:
+    """The documents of a source that are not blank, in its order; a stream is shuffled by seed.
+
+    Args:
+        revision: commit of a Hugging Face dataset, as `describe` found it.
+        n_vocab: size of the tokenizer's vocabulary, which token ids must be inside of.
+
+    Raises:
+        UsageError: an unreadable file, or a record that is not what the source says; the message names the document.
+    """
+    topics = _read_topics(source)
+    for id_, record in _records(source, revision, seed):
+        if source.field not in record:
+            raise _wrong(source, id_, f"has no field {source.field!r}; it has {sorted(record)}: set `text_field`")
+        content = _content(source, id_, record[source.field], n_vocab)
+        if content is None:
+            continue
         topic = record.get(source.topic_field) if source.topic_field else topics.get(id_)
-        if text.strip():
-            title = str(record.get(source.title_field) or id_) if source.title_field else id_
-            documents.append(
-                Document(id=id_, source=origin, title=title, topic="" if topic is None else str(topic), text=text)
+        yield Document(
+            id=id_,
+            title=str(record.get(source.title_field) or id_) if source.title_field else id_,
+            topic="" if topic is None else str(topic),
+            content=content,
+            columns=_columns(source, id_, record),
+        )
+
+
+def _records(source: TextSource, revision: str | None, seed: int) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    if source.path is None:
+        yield from hub_records(source, revision, seed, stream=is_stream(source))
+        return
+    folder = Path(source.path).expanduser()
+    inside = folder.is_dir()
+    for file in text_files(source.path):
+        name = file.relative_to(folder).as_posix() if inside else file.name
+        yield from read_records(file, name, source.document or ("file" if inside else "line"))
+
+
+def _content(source: TextSource, id_: str, value: Any, n_vocab: int) -> bytes | None:
+    """A document's content in its stored form; None for a blank text."""
+    if source.kind == "text":
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            raise _wrong(source, id_, f"has messages in the field {source.field!r}, not text: use `messages_field`")
+        if not isinstance(value, str):
+            raise UsageError(
+                f"text source {source.origin}: field {source.field!r} of document {id_!r} is "
+                f"{type(value).__name__}, not text"
             )
-    if not documents:
-        raise UsageError(f"text source {origin} has no documents with text")
-    return documents, provenance
+        try:
+            return value.encode() if value.strip() else None
+        except UnicodeEncodeError as error:
+            raise _wrong(source, id_, f"has text that is not Unicode ({error.reason}): clean it") from error
+    if source.kind == "chat":
+        try:
+            return json.dumps(checked_messages(value), ensure_ascii=False).encode()
+        except ValueError as error:  # also of a text that is not Unicode
+            raise _wrong(source, id_, f"cannot be used as a chat, since {error}") from error
+    if isinstance(value, str) or not hasattr(value, "__len__"):
+        raise _wrong(source, id_, f"has {type(value).__name__} in the field {source.field!r}, not a list of token ids")
+    try:
+        ids = np.asarray(value, dtype=None if len(value) else np.int64)
+    except ValueError:  # lists of different lengths
+        ids = np.empty(0, object)
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise _wrong(source, id_, f"has values in the field {source.field!r} that are not whole numbers")
+    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < n_vocab:
+        raise _wrong(
+            source,
+            id_,
+            f"has token ids from {ids.min()} to {ids.max()}, but the tokenizer knows 0 to {n_vocab - 1}: these tokens "
+            "were made with another tokenizer",
+        )
+    return ids.astype("<i4").tobytes() if len(ids) else None
 
 
-def _read_topics(path: Path) -> Mapping[str, Any]:
+def _columns(source: TextSource, id_: str, record: Mapping[str, Any]) -> str:
+    missing = [name for name in source.columns if name not in record]
+    if missing:
+        raise _wrong(source, id_, f"has no field {missing[0]!r}; it has {sorted(record)}: correct `columns`")
+    return json.dumps({name: record[name] for name in source.columns}, ensure_ascii=False, default=str)
+
+
+def _wrong(source: TextSource, id_: str, what: str) -> UsageError:
+    what = what.replace("set `text_field`", f"set `{_USE[source.kind]}`")
+    return UsageError(f"text source {source.origin}: document {id_!r} {what}")
+
+
+def _read_topics(source: TextSource) -> Mapping[str, Any]:
+    if source.topics_path is None:
+        return {}
+    path = locate(source.topics_path)
     try:
         topics = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -69,76 +164,6 @@ def _read_topics(path: Path) -> Mapping[str, Any]:
             f"topics_path {path} must hold an object from document id to topic, not {type(topics).__name__}"
         )
     return topics
-
-
-def _read_file(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Document id and fields of every record of a file, in its order."""
-    readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
-    if path.suffix not in readers:
-        raise UsageError(f"text source {path}: unknown format {path.suffix!r}; use .txt, .jsonl, .json or .parquet")
-    try:
-        yield from readers[path.suffix](path)
-    except ValueError as error:  # of the decoder, of json and of pyarrow
-        raise UsageError(f"text source {path} cannot be read as {path.suffix}: {error}") from error
-
-
-def _read_txt(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    # Not str.splitlines, here and below: it also breaks lines at U+2028, form feeds and the like inside a text.
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            yield f"{path.name}:{number}", {"text": line.removesuffix("\n")}
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            record = json.loads(line)
-            if not isinstance(record, dict):
-                raise ValueError(f"line {number} must be a JSON object, not {type(record).__name__}")
-            yield str(record.get("id", f"{path.name}:{number}")), record
-
-
-def _read_json(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    data = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(data, dict | list):
-        raise ValueError(f"it must hold an object or a list of documents, not {type(data).__name__}")
-    for id_, record in data.items() if isinstance(data, dict) else enumerate(data):
-        yield str(id_), record if isinstance(record, dict) else {"text": record}
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    import pyarrow.parquet as pq
-
-    row = 0
-    with pq.ParquetFile(path) as file:
-        for batch in file.iter_batches():
-            for record in batch.to_pylist():
-                yield str(record.get("id", f"{path.name}:{row}")), record
-                row += 1
-
-
-def _read_hub(source: TextSource) -> tuple[Iterator[tuple[str, Mapping[str, Any]]], dict[str, str]]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise UsageError(
-            f"text source {source.dataset} is a Hugging Face dataset: pip install 'sae-pipelines[hub]'"
-        ) from error
-    assert source.dataset is not None
-    try:
-        rows = datasets.load_dataset(source.dataset, source.name, split=source.split, revision=source.revision)
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"text source {source.dataset}: {error}; check the name, the revision and the network"
-        ) from error
-    provenance = {
-        "origin": f"hub:{source.dataset}",
-        "revision": str(source.revision),
-        "fingerprint": str(rows._fingerprint),
-    }
-    return ((str(row.get("id", i)), row) for i, row in enumerate(rows)), provenance
 
 
 def stratified_order(topics: list[str], rng: np.random.Generator) -> NDArray[np.int64]:

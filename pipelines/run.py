@@ -18,7 +18,7 @@ from pipelines.config import RunConfig, differing_keys, dump_config, load_config
 from pipelines.errors import RunError, UsageError
 from pipelines.progress import Reporter
 from pipelines.rundir import RunDir, key_of, sweep_partials, write_text
-from pipelines.sources import locate, sha256_of
+from pipelines.sources import sha256_of
 from pipelines.stores import has, place
 
 STAGES = ("collect", "train", "evaluate", "label", "export", "audit")
@@ -62,7 +62,10 @@ class Run:
 def stage_sections(config: RunConfig) -> dict[str, Any]:
     """The parts of the config that decide what each stage produces; how it is spread over workers is left out."""
     data = config.model_dump(mode="json")
-    spread = {"n_workers", "cpus_per_worker", "gpus_per_worker", "num_workers", "use_gpu", "checkpoint_every", "device"}
+    spread = {
+        *("n_workers", "cpus_per_worker", "gpus_per_worker", "num_workers", "use_gpu", "checkpoint_every", "device"),
+        "text_workers",
+    }
 
     def without_spread(section: dict[str, Any] | None) -> dict[str, Any] | None:
         return None if section is None else {key: value for key, value in section.items() if key not in spread}
@@ -185,11 +188,11 @@ def validate(run: Run, stages: list[str]) -> None:
 
         pick_device(run.config.model.device)
         widths = hook_widths(run.config, resolve_model(run.config.model))
+        from pipelines.corpora import describe
+
         for text in run.config.text:
             if text.path is not None:
-                locate(text.path, sha256=text.sha256)
-            if text.topics_path is not None:
-                locate(text.topics_path, sha256=text.topics_sha256)
+                describe(text)
         from pipelines.dictionaries import load_source
         from pipelines.train import check_settings
 

@@ -36,6 +36,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(skip)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def token_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of tokenised texts for this session alone; processes that tests start inherit it."""
+    folder = tmp_path_factory.mktemp("tokens")
+    os.environ["SAE_PIPELINES_TOKENS"] = str(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a randomly initialised three-layer Llama with its own tokenizer."""

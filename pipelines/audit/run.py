@@ -16,7 +16,7 @@ from pipelines.collect import open_store
 from pipelines.config import RunConfig
 from pipelines.configfiles import concept_path
 from pipelines.dictionaries import load_trained
-from pipelines.documents import DOCUMENTS_FILE, Documents
+from pipelines.documents import Documents, documents_of
 from pipelines.encode import Pooled, encode_texts, pool_documents
 from pipelines.errors import UsageError
 from pipelines.features import read_labels
@@ -40,7 +40,7 @@ def audit(config: RunConfig, run: RunDir, ui: Reporter) -> dict[str, dict[str, A
         return {}
     store = open_store(config, run)
     lm = LanguageModel(resolve_model(config.model), config.model)
-    documents = Documents.from_parquet(store.sidecar(DOCUMENTS_FILE))
+    documents = documents_of(store)
     verdicts = {}
     for name in config.saes:
         dictionary = load_trained(run, name)

@@ -1,5 +1,4 @@
 import json
-import sys
 
 import numpy as np
 import pyarrow as pa
@@ -7,17 +6,29 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from pipelines.config import TextSource
-from pipelines.corpora import heldout_mask, read_source, stratified_order
+from pipelines.corpora import describe, documents_of, heldout_mask, stratified_order
 from pipelines.errors import UsageError
 from pipelines.sources import sha256_of
 
 topics = st.lists(st.integers(0, 6), min_size=1, max_size=120).map(lambda xs: [f"t{x}" for x in xs])
 
 
+def read_source(source):
+    """All documents of a source, and its provenance without the kind of content."""
+    provenance = describe(source)
+    documents = list(documents_of(source, revision=provenance.get("revision"), n_vocab=100))
+    return documents, {key: value for key, value in provenance.items() if key not in ("kind", "field")}
+
+
+def text_of(document):
+    return document.content.decode()
+
+
 def texts_of(source):
-    return [document.text for document in read_source(source)[0]]
+    return [text_of(document) for document in read_source(source)[0]]
 
 
 # -- formats -----------------------------------------------------------------------------------------------------------
@@ -27,7 +38,7 @@ def test_txt_has_one_document_a_line(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("first line\n\n   \nsecond\fline\u2028still second\n")
     documents, provenance = read_source(TextSource(path=str(path)))
-    assert [(d.id, d.text) for d in documents] == [
+    assert [(d.id, text_of(d)) for d in documents] == [
         ("a.txt:1", "first line"),
         ("a.txt:4", "second\fline\u2028still second"),
     ]
@@ -44,7 +55,7 @@ def test_jsonl_takes_fields_by_name_and_keeps_unusual_line_breaks_inside_a_text(
     ]
     path.write_text("\n".join(json.dumps(record, ensure_ascii=False) for record in records) + "\n\n")
     documents, _ = read_source(TextSource(path=str(path), text_field="body", title_field="name", topic_field="kind"))
-    assert [(d.id, d.text, d.title, d.topic) for d in documents] == [
+    assert [(d.id, text_of(d), d.title, d.topic) for d in documents] == [
         ("7", "one\u2028two\x85three", "T", "x"),
         ("a.jsonl:2", "without id", "a.jsonl:2", ""),
         ("a.jsonl:3", "number", "3", "0"),
@@ -64,7 +75,7 @@ def test_json_may_be_an_object_or_a_list_of_texts_or_records(tmp_path, data, ids
     path = tmp_path / "a.json"
     path.write_text(json.dumps(data))
     documents, _ = read_source(TextSource(path=str(path)))
-    assert [(d.id, d.text) for d in documents] == list(zip(ids, ["x", "y"], strict=True))
+    assert [(d.id, text_of(d)) for d in documents] == list(zip(ids, ["x", "y"], strict=True))
 
 
 def test_parquet_numbers_rows_through_all_batches(tmp_path):
@@ -72,7 +83,7 @@ def test_parquet_numbers_rows_through_all_batches(tmp_path):
     n = 70_000  # more than one batch of the reader
     pq.write_table(pa.table({"text": [str(i) for i in range(n)]}), path)
     documents, _ = read_source(TextSource(path=str(path)))
-    assert [d.text for d in documents] == [str(i) for i in range(n)]
+    assert [text_of(d) for d in documents] == [str(i) for i in range(n)]
     assert len({d.id for d in documents}) == n
     assert documents[-1].id == f"a.parquet:{n - 1}"
 
@@ -100,45 +111,6 @@ def test_topics_file_gives_topics_by_document_id(tmp_path):
     documents, provenance = read_source(source)
     assert [d.topic for d in documents] == ["rivers", ""]
     assert provenance["topics_sha256"] == sha256_of(tmp_path / "topics.json")
-
-
-def test_hub_datasets_come_through_the_datasets_library(monkeypatch):
-    class Rows(list):
-        _fingerprint = "f00d"
-
-    class FakeDatasets:
-        @staticmethod
-        def load_dataset(dataset, name, *, split, revision):
-            assert (dataset, name, split, revision) == ("someone/texts", "en", "train[:1%]", "abc")
-            return Rows([{"text": "x"}, {"id": 9, "text": "y"}])
-
-    monkeypatch.setitem(sys.modules, "datasets", FakeDatasets)
-    source = TextSource(dataset="someone/texts", name="en", split="train[:1%]", revision="abc")
-    documents, provenance = read_source(source)
-    assert [(d.id, d.source, d.text) for d in documents] == [
-        ("0", "hub:someone/texts", "x"),
-        ("9", "hub:someone/texts", "y"),
-    ]
-    assert provenance == {"origin": "hub:someone/texts", "revision": "abc", "fingerprint": "f00d"}
-
-
-def test_hub_errors_say_what_to_check(monkeypatch):
-    class FakeDatasets:
-        @staticmethod
-        def load_dataset(*_, **__):
-            raise OSError("no such dataset")
-
-    monkeypatch.setitem(sys.modules, "datasets", FakeDatasets)
-    with pytest.raises(
-        UsageError, match="someone/texts: no such dataset; check the name, the revision and the network"
-    ):
-        read_source(TextSource(dataset="someone/texts"))
-
-
-def test_hub_without_the_library_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UsageError, match=r"is a Hugging Face dataset: pip install 'sae-pipelines\[hub\]'"):
-        read_source(TextSource(dataset="someone/texts"))
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
@@ -218,10 +190,131 @@ def test_field_that_is_no_text_is_refused(tmp_path):
         read_source(TextSource(path=str(tmp_path / "a.json")))
 
 
-def test_source_without_text_is_refused(tmp_path):
-    (tmp_path / "a.txt").write_text("\n  \n")
-    with pytest.raises(UsageError, match=r"text source .*a\.txt has no documents with text"):
-        read_source(TextSource(path=str(tmp_path / "a.txt")))
+# -- folders, tokens, columns ------------------------------------------------------------------------------------------
+
+
+def test_folder_of_txt_has_one_document_a_file_and_may_be_read_by_line(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "b.txt").write_text("one\ntwo\n")
+    (tmp_path / "sub" / "a.txt").write_text("three\n")
+    (tmp_path / "notes.md").write_text("not a text of this folder")
+    documents, provenance = read_source(TextSource(path=str(tmp_path)))
+    assert [(d.id, text_of(d)) for d in documents] == [("b.txt", "one\ntwo\n"), ("sub/a.txt", "three\n")]
+    by_line = read_source(TextSource(path=str(tmp_path), document="line"))[0]
+    assert [(d.id, text_of(d)) for d in by_line] == [("b.txt:1", "one"), ("b.txt:2", "two"), ("sub/a.txt:1", "three")]
+    whole = read_source(TextSource(path=str(tmp_path / "b.txt"), document="file"))[0]
+    assert [(d.id, text_of(d)) for d in whole] == [("b.txt", "one\ntwo\n")]
+    (tmp_path / "sub" / "a.txt").rename(tmp_path / "sub" / "c.txt")
+    renamed = describe(TextSource(path=str(tmp_path)))
+    assert renamed["sha256"] != provenance["sha256"]
+    assert texts_of(TextSource(path=str(tmp_path), sha256=renamed["sha256"])) == ["one\ntwo\n", "three\n"]
+    with pytest.raises(UsageError, match=f"its SHA-256 is {renamed['sha256']}, the config expects {'0' * 64}"):
+        describe(TextSource(path=str(tmp_path), sha256="0" * 64))
+
+
+def test_folder_of_jsonl_is_read_file_by_file(tmp_path):
+    for name, texts in (("b", ["x", "y"]), ("a", ["z"])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    assert texts_of(TextSource(path=str(tmp_path))) == ["z", "x", "y"]
+
+
+def test_tokens_are_kept_as_they_are_and_empty_ones_left_out(tmp_path):
+    pq.write_table(pa.table({"ids": [[1, 99, 0], [], [7]], "id": ["a", "b", "c"]}), tmp_path / "a.parquet")
+    (tmp_path / "a.jsonl").write_text('{"ids": [1, 99, 0], "id": "a"}\n{"ids": []}\n{"ids": [7], "id": "c"}\n')
+    for name in ("a.parquet", "a.jsonl"):
+        documents, _ = read_source(TextSource(path=str(tmp_path / name), tokens_field="ids"))
+        found = [(d.id, np.frombuffer(d.content, np.int32).tolist()) for d in documents]
+        assert found == [("a", [1, 99, 0]), ("c", [7])]
+
+
+def test_messages_are_kept_as_pairs_of_role_and_content(tmp_path):
+    chat = [{"role": "user", "content": "Hi é"}, {"role": "assistant", "content": "Hello", "weight": 1}]
+    schema = pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))
+    pq.write_table(pa.table({"chat": pa.array([chat], schema)}), tmp_path / "a.parquet")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"chat": chat}))
+    for name in ("a.parquet", "a.jsonl"):
+        documents, _ = read_source(TextSource(path=str(tmp_path / name), messages_field="chat"))
+        assert [json.loads(d.content) for d in documents] == [[["user", "Hi é"], ["assistant", "Hello"]]]
+
+
+def test_further_columns_are_kept(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([{"text": "x", "url": "https://a", "tags": ["é"]}]))
+    (document,) = read_source(TextSource(path=str(tmp_path / "a.json"), columns=("url", "tags")))[0]
+    assert json.loads(document.columns) == {"url": "https://a", "tags": ["é"]}
+    with pytest.raises(UsageError, match=r"document '0' has no field 'licence'; .*: correct `columns`"):
+        read_source(TextSource(path=str(tmp_path / "a.json"), columns=("url", "licence")))
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        ([], r"it holds no \.txt, \.jsonl, \.json, \.parquet file"),
+        (["a.txt", "b.json"], r"it holds \.json, \.txt files"),
+    ],
+)
+def test_folder_must_hold_text_files_of_one_kind(tmp_path, names, reason):
+    for name in names:
+        (tmp_path / name).write_text("x")
+    with pytest.raises(UsageError, match=f"a folder must hold text files of one kind, but {reason}"):
+        describe(TextSource(path=str(tmp_path)))
+
+
+USER = {"role": "user", "content": "x"}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [
+        ("text", [USER], "has messages in the field 'f', not text: use `messages_field`"),
+        ("text", "\ud800", "has text that is not Unicode"),
+        ("messages", "plain", "its messages must be a list of .* not str: use `text_field` for plain text"),
+        ("messages", USER, "its messages must be a list of {role, content}, not dict"),
+        ("messages", [], "it must have 1 to 32767 messages, not 0"),
+        ("messages", [USER, "x"], "message 1 must have a role and a content, but is str"),
+        ("messages", [{"from": "user", "value": "x"}], r"message 0 must have .*, but is \['from', 'value'\]"),
+        ("messages", [{"role": "assistent", "content": "x"}], "the role 'assistent'; the nearest .* is 'assistant'"),
+        ("messages", [USER, {"role": "assistant", "content": " "}], r"message 1 \(assistant\) has an empty content"),
+        ("messages", [{"role": "user", "content": None}], "the content of message 0 must be text, not NoneType"),
+        ("messages", [{**USER, "tool_calls": [1]}], "message 0 holds tool calls"),
+        ("messages", [{"role": "user", "content": "\ud800"}], "cannot be used as a chat, since .*surrogates"),
+        ("tokens", "1 2", "has str in the field 'f', not a list of token ids"),
+        ("tokens", 3, "has int in the field 'f', not a list of token ids"),
+        ("tokens", [1, 2.5], "has values in the field 'f' that are not whole numbers"),
+        ("tokens", [[1], [2, 3]], "has values in the field 'f' that are not whole numbers"),
+        ("tokens", [3, 100], "token ids from 3 to 100, but the tokenizer knows 0 to 99"),
+        ("tokens", [-1, 5], "token ids from -1 to 5, but the tokenizer knows 0 to 99"),
+    ],
+)
+def test_content_that_is_not_what_the_source_says_is_refused(tmp_path, field, value, reason):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"id": "d7", "f": value}))
+    with pytest.raises(
+        UsageError, match=rf"text source .*a\.jsonl: document 'd7' {'.*' if field != 'text' else ''}{reason}"
+    ):
+        read_source(TextSource(path=str(tmp_path / "a.jsonl"), **{f"{field}_field": "f"}))
+
+
+@pytest.mark.parametrize(("field", "advice"), [("messages_field", "messages_field"), ("tokens_field", "tokens_field")])
+def test_missing_field_of_messages_or_tokens_names_the_setting(tmp_path, field, advice):
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}')
+    with pytest.raises(UsageError, match=rf"has no field 'f'; it has \['text'\]: set `{advice}`"):
+        read_source(TextSource(path=str(tmp_path / "a.jsonl"), **{field: "f"}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"weight": 0}, "greater than 0"),
+        ({"text_field": "a", "messages_field": "b"}, "one kind of document: give one of text_field, messages_field"),
+        ({"tokenizer_sha256": "a"}, "tokenizer_sha256 belongs to `tokens_field`"),
+        ({"path": None, "dataset": "a/b", "document": "file"}, "`document` is for `.txt` files"),
+        ({"columns": ["url", "topic"]}, r"`columns` lists \['topic'\], which documents.parquet has anyway"),
+        ({"columns": ["url", "url"]}, "`columns` lists a field twice"),
+        ({"dataset": "a/b"}, "exactly one of `path` and `dataset`"),
+    ],
+)
+def test_settings_that_do_not_fit_together_are_refused(settings, reason):
+    with pytest.raises(ValidationError, match=reason):
+        TextSource(**{"path": "a.txt", **settings})
 
 
 # -- order and split ---------------------------------------------------------------------------------------------------

@@ -1,12 +1,14 @@
 import dataclasses
 import io
+import json
 
 import numpy as np
 import pyarrow.parquet as pq
+import pytest
 
-from pipelines.documents import Documents, Spans
+from pipelines.documents import Documents, Spans, documents_of
 
-DOCUMENTS = Documents(
+DOCUMENTS = Documents.of(
     id=["a", "b"],
     source=["one.txt", "two.txt"],
     title=["A", "Ünïcode – 日本"],
@@ -25,8 +27,14 @@ SPANS = Spans(
 
 
 def test_documents_round_trip():
-    assert Documents.from_parquet(DOCUMENTS.to_parquet()) == DOCUMENTS
-    assert len(DOCUMENTS) == 2
+    read = Documents.from_parquet(DOCUMENTS.to_parquet())
+    assert read.table.equals(DOCUMENTS.table)
+    assert len(read) == 2
+    assert read.row(1) == {
+        **{"id": "b", "source": "two.txt", "title": "Ünïcode – 日本", "topic": "rivers", "split": "heldout"},
+        **{"n_tokens": 0, "text": ""},
+    }
+    assert read.columns == []
 
 
 def test_documents_are_plain_parquet_with_one_row_a_document():
@@ -36,8 +44,35 @@ def test_documents_are_plain_parquet_with_one_row_a_document():
 
 
 def test_no_documents_round_trip():
-    empty = Documents([], [], [], [], [], [], [])
-    assert Documents.from_parquet(empty.to_parquet()) == empty
+    empty = Documents.of(id=[], source=[], title=[], topic=[], split=[], n_tokens=[], text=[])
+    assert Documents.from_parquet(empty.to_parquet()).table.equals(empty.table)
+
+
+def test_further_columns_keep_plain_types_and_others_become_json():
+    records = [
+        {"url": "https://a", "year": 1999, "score": 1, "tags": ["x", "é"], "mixed": 1},
+        {"url": None, "year": 2001, "score": 0.5, "tags": None, "mixed": "one"},
+        {},
+    ]
+    three = {key: ["a", "b", "c"] for key in ("id", "source", "title", "topic", "split", "text")}
+    documents = Documents.of(**three, n_tokens=[1, 2, 3], columns=[json.dumps(record) for record in records])
+    read = Documents.from_parquet(documents.to_parquet())
+    assert read.columns == ["url", "year", "score", "tags", "mixed"]
+    assert read.column("url") == ["https://a", None, None]
+    assert read.column("year") == [1999, 2001, None]
+    assert read.column("score") == [1.0, 0.5, None]
+    assert read.column("tags") == ['["x", "é"]', None, None]
+    assert read.column("mixed") == ["1", '"one"', None]
+    with pytest.raises(ValueError, match=r"no column 'licence'; it has \['id', .*'mixed'\]"):
+        read.column("licence")
+
+
+def test_values_are_reached_from_rows_of_activations(store):
+    documents, length = documents_of(store), store.spec.context_length
+    rows = np.array([5 * length + 3, 0, 7 * length + 31, 5 * length + 4])
+    expected = [documents.title[store.document[row // length, row % length]] for row in rows]
+    assert documents.values_at(store, rows, "title") == expected
+    assert documents.values_at(store, rows[:0], "title") == []
 
 
 def test_spans_round_trip_with_their_types():
@@ -50,5 +85,6 @@ def test_spans_round_trip_with_their_types():
 
 def test_bytes_depend_on_the_content_alone():
     assert DOCUMENTS.to_parquet() == DOCUMENTS.to_parquet()
-    assert DOCUMENTS.to_parquet() != dataclasses.replace(DOCUMENTS, title=["A", "B"]).to_parquet()
+    other = Documents(DOCUMENTS.table.set_column(2, "title", [["A", "B"]]))
+    assert DOCUMENTS.to_parquet() != other.to_parquet()
     assert SPANS.to_parquet() == SPANS.to_parquet()

@@ -1,28 +1,34 @@
 import json
-from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
+from chats import CHATML, INST, SPECIAL, letters
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import normalizers
 
 from pipelines.config import CollectConfig, TextSource
 from pipelines.errors import UsageError
+from pipelines.tokenising import TextTokenizer
 from pipelines.tokens import plan_tokens
 
-BOS = 1
+
+@cache
+def tokenizer_of(bos: str | None = "<s>", template: str | None = None) -> TextTokenizer:
+    return TextTokenizer.of(letters(bos=bos, template=template))
 
 
-@dataclass
-class Letters:
-    """A tokenizer with one token a character, the character's code."""
+BOS = 0
 
-    bos_token_id: int | None = BOS
 
-    def __call__(self, texts, *, add_special_tokens, verbose):
-        assert not add_special_tokens
-        return {"input_ids": [[ord(letter) for letter in text] for text in texts]}
+def code(letter: str) -> int:
+    return ord(letter) + len(SPECIAL)
+
+
+def text_of(tokens) -> str:
+    return "".join(chr(token - len(SPECIAL)) for token in tokens)
 
 
 def source(folder: Path, lengths, *, name="a", topics=None, weight=1.0) -> TextSource:
@@ -44,7 +50,7 @@ def settings_for(n_tokens, **kw) -> CollectConfig:
 
 
 def plan(sources, collect, seed=0, tokenizer=None):
-    return plan_tokens(sources, collect, tokenizer or Letters(), seed)
+    return plan_tokens(sources, collect, tokenizer or tokenizer_of(), seed)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +61,7 @@ def folder(tmp_path_factory):
 lengths = st.lists(st.integers(1, 60), min_size=16, max_size=50)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(lengths=lengths, prepend_bos=st.booleans(), seed=st.integers(0, 1000), whole=st.booleans())
 def test_packing_keeps_its_promises(folder, lengths, prepend_bos, seed, whole):
     lengths = [*lengths, *[40] * 8]  # enough for a context of each split
@@ -89,7 +95,7 @@ def test_packing_keeps_its_promises(folder, lengths, prepend_bos, seed, whole):
         if prepend_bos and n > 1:
             assert tokens[0] == BOS
             tokens = tokens[1:]
-        assert "".join(map(chr, tokens)) == documents.text[row][first : first + len(tokens)]
+        assert text_of(tokens) == documents.text[row][first : first + len(tokens)]
         for i, token in enumerate(tokens):
             assert first + i not in found[row]
             found[row][first + i] = token
@@ -163,8 +169,8 @@ def test_prepend_bos_without_a_bos_token_is_refused(folder):
     with pytest.raises(
         UsageError, match=r"collect\.prepend_bos is on, but this model's tokenizer has no BOS token: turn it off"
     ):
-        plan([source(folder, [20] * 40)], settings_for(400, prepend_bos=True), tokenizer=Letters(bos_token_id=None))
-    assert plan([source(folder, [20] * 40)], settings_for(400), tokenizer=Letters(bos_token_id=None)).n_train_contexts
+        plan([source(folder, [20] * 40)], settings_for(400, prepend_bos=True), tokenizer=tokenizer_of(None))
+    assert plan([source(folder, [20] * 40)], settings_for(400), tokenizer=tokenizer_of(None)).n_train_contexts
 
 
 def test_too_little_text_says_how_much_there_is_and_what_to_change(folder):
@@ -186,16 +192,159 @@ def test_split_without_a_whole_context_says_what_to_change(folder):
 
 
 def test_documents_without_tokens_are_left_out(folder):
-    class NoA(Letters):
-        def __call__(self, texts, **kw):
-            return {
-                "input_ids": [
-                    ids if "A" not in t else []
-                    for t, ids in zip(texts, super().__call__(texts, **kw)["input_ids"], strict=True)
-                ]
-            }
-
+    # A tokenizer may drop what it does not know; this one drops the letter A.
+    tokenizer = letters()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("A", "")
     (folder / "some.json").write_text(json.dumps(["A" * 20, *["b" * 20] * 40]))
-    packed = plan([TextSource(path=str(folder / "some.json"))], settings_for(800), tokenizer=NoA())
+    packed = plan(
+        [TextSource(path=str(folder / "some.json"))], settings_for(800), tokenizer=TextTokenizer.of(tokenizer)
+    )
     assert "0" not in packed.documents.id
     assert len(packed.documents) == 40
+
+
+def slow_pack(documents, bos, length):
+    """Token by token: (token, document, position) of whole contexts."""
+    rows = []
+    for row, ids in documents:
+        position = 0
+        for i, token in enumerate(ids):
+            if i == 0 or len(rows) % length == 0:
+                position = 0
+                if bos is not None and len(rows) % length < length - 1 and token != bos:
+                    rows.append((bos, row, 0))
+                    position = 1
+            rows.append((token, row, position))
+            position += 1
+    return rows[: len(rows) // length * length]
+
+
+@settings(max_examples=15, deadline=None)
+@given(lengths=lengths, prepend_bos=st.booleans(), form=st.sampled_from([(INST, "<s>"), (CHATML, "<|im_start|>")]))
+def test_packing_equals_a_slow_loop(folder, lengths, prepend_bos, form):
+    template, bos_token = form
+    hf, tokenizer = letters(bos=bos_token), tokenizer_of(bos_token, template)
+    sources = [source(folder, [*lengths, *[40] * 8]), chat_source(folder, "slow")]
+    packed = plan(sources, settings_for(600, prepend_bos=prepend_bos), tokenizer=tokenizer)
+    length, n_train = packed.tokens.shape[1], packed.n_train_contexts
+    got = np.stack([packed.tokens, packed.document, packed.position], axis=-1)
+    for name, contexts in (("train", got[:n_train]), ("heldout", got[n_train:])):
+        documents = [
+            (row, hf(text, add_special_tokens=False)["input_ids"])
+            for row, (text, split) in enumerate(zip(packed.documents.text, packed.documents.split, strict=True))
+            if split == name
+        ]
+        expected = np.array(slow_pack(documents, tokenizer.bos if prepend_bos else None, length))
+        assert sorted(contexts.tolist()) == sorted(expected.reshape(-1, length, 3).tolist())
+
+
+def chat_source(folder, template_name, n=60, **settings):
+    path = folder / f"chat-{template_name}.jsonl"
+    chats = [
+        [
+            {"role": "system", "content": f"rules {i}"},
+            {"role": "user", "content": f"ask {i}" * (i % 4 + 1)},
+            {"role": "assistant", "content": f"answer {i}"},
+        ]
+        for i in range(n)
+    ]
+    path.write_text("\n".join(json.dumps({"id": str(i), "m": chat, "n": i}) for i, chat in enumerate(chats)))
+    return TextSource(path=str(path), messages_field="m", columns=("n",), **settings)
+
+
+@pytest.mark.parametrize("prepend_bos", [False, True])
+@pytest.mark.parametrize(("name", "bos"), [("INST", "<s>"), ("CHATML", "<|im_start|>"), ("CHATML", None)])
+def test_chats_carry_role_turn_source_and_flags_to_every_token(folder, name, bos, prepend_bos):
+    if prepend_bos and bos is None:
+        return
+    template = {"INST": INST, "CHATML": CHATML}[name]
+    sources = [source(folder, [20] * 100), chat_source(folder, name)]
+    tokenizer = tokenizer_of(bos, template)
+    packed = plan(sources, settings_for(2400, prepend_bos=prepend_bos), tokenizer=tokenizer)
+    tables, documents, bos_id = packed.tables, packed.documents, tokenizer.bos
+    is_chat = np.array([origin != sources[0].path for origin in documents.source])[packed.document]
+    assert {name: table.dtype.name for name, table in tables.items()} == {
+        **{"flags": "uint8", "source": "int16", "role": "int8", "turn": "int16"}
+    }
+    assert (tables["source"] == is_chat).all()
+    assert (tables["role"][~is_chat] == 0).all()
+    assert (tables["turn"][~is_chat] == 0).all()
+    spans, seen = packed.spans, 0
+    for row, number in enumerate(documents.column("n")):
+        # A document's tokens in their order, however its contexts were shuffled.
+        mine = np.flatnonzero(spans.document == row)
+        mine = mine[np.argsort(spans.document_token[mine])]
+        at = [(spans.context[i], spans.start[i] + k) for i in mine for k in range(spans.length[i])]
+        if number is None:
+            continue
+        said = dict.fromkeys((1, 2, 3), "")
+        for context, offset in at:
+            role = int(tables["role"][context, offset])
+            if role != 5:
+                assert tables["turn"][context, offset] == role - 1
+                said[role] += chr(packed.tokens[context, offset] - len(SPECIAL))
+        expected = [f"rules {number}", f"ask {number}" * (number % 4 + 1), f"answer {number}"]
+        seen += list(said.values()) == expected
+        assert all(full.startswith(part) for full, part in zip(expected, said.values(), strict=True))
+    assert seen > 10
+
+    # BOS: one at the start of a chat whatever the template writes; flagged where it starts a span, else special.
+    starts = packed.position == 0
+    at_bos = packed.tokens == bos_id if bos_id is not None else np.zeros_like(starts)
+    assert ((tables["flags"] == 1) == (starts & at_bos)).all()
+    assert ((tables["flags"] == 4) == ((packed.tokens < len(SPECIAL)) & ~(starts & at_bos))).all()
+    assert not (at_bos[:, 1:] & at_bos[:, :-1]).any()
+    first = np.zeros_like(starts)
+    whole = spans.document_token == 0
+    first[spans.context[whole & (spans.length > 1)], spans.start[whole & (spans.length > 1)]] = True
+    if prepend_bos or bos is not None:
+        assert (at_bos[first & is_chat]).all()
+    assert (at_bos[first & ~is_chat] == prepend_bos).all()
+    if bos_id is not None:
+        assert (tables["role"][at_bos & is_chat] == 5).all()
+
+
+def test_chat_without_a_template_names_the_fix(folder):
+    with pytest.raises(
+        UsageError,
+        match=r"text source .*chat-none\.jsonl holds chats, but this model's tokenizer has no chat template: set "
+        r"collect\.chat_template_path to a Jinja file, or use the model's chat version",
+    ):
+        plan([chat_source(folder, "none")], settings_for(400))
+
+
+def test_chat_that_the_template_refuses_is_named(folder):
+    path = folder / "refused.jsonl"
+    path.write_text(json.dumps({"id": "odd", "m": [{"role": "assistant", "content": "x"}]}))
+    with pytest.raises(
+        UsageError, match=r"document 'odd' cannot be used as a chat: the chat template refuses it \(roles"
+    ):
+        plan([TextSource(path=str(path), messages_field="m")], settings_for(400), tokenizer=tokenizer_of("<s>", INST))
+
+
+def test_template_is_part_of_the_provenance(folder):
+    sources = [chat_source(folder, "p")]
+    found = []
+    for template in (CHATML, INST):
+        (provenance,) = plan(sources, settings_for(900), tokenizer=tokenizer_of("<s>", template)).text_provenance
+        found.append(provenance["template_sha256"])
+    assert len({*found}) == 2
+    assert all(len(digest) == 64 for digest in found)
+
+
+def test_tokens_go_through_as_they_are_and_record_their_tokenizer(folder):
+    path = folder / "ids.jsonl"
+    texts = [f"text number {i} " * 3 for i in range(60)]
+    path.write_text("\n".join(json.dumps({"ids": [BOS, *map(code, text)]}) for text in texts))
+    tokenizer = TextTokenizer.of(letters(), sha256="a" * 64)
+    chosen = TextSource(path=str(path), tokens_field="ids", tokenizer_sha256="a" * 64, id="ids")
+    packed = plan([chosen], settings_for(1500, prepend_bos=True), tokenizer=tokenizer)
+    assert set(packed.documents.text) <= set(texts)  # decoded, without special tokens
+    assert not ((packed.tokens[:, 1:] == BOS) & (packed.tokens[:, :-1] == BOS)).any()
+    assert (packed.tables["role"] == 0).all()
+    (provenance,) = packed.text_provenance
+    assert provenance["tokenizer_sha256"] == "a" * 64
+    assert (provenance["kind"], provenance["field"], provenance["id"]) == ("tokens", "ids", "ids")
+    other = chosen.model_copy(update={"tokenizer_sha256": "b" * 64})
+    with pytest.raises(UsageError, match=f"made with the tokenizer {'b' * 64}, but the model's is {'a' * 64}"):
+        plan([other], settings_for(1500), tokenizer=tokenizer)
