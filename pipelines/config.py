@@ -224,7 +224,11 @@ class TrainConfig(Section):
     checkpoint_every: int = Field(50, gt=0)
     """Steps between checkpoints."""
     shuffle_contexts: int = Field(1024, gt=0)
-    """Contexts in the shuffle buffer."""
+    """Most contexts that are shuffled together; twice as many are in memory, spread over the workers."""
+    streams: int = Field(16, gt=0)
+    """Streams that each batch takes equally many rows of: `batch_size` is a multiple of it, and it of `num_workers`."""
+    max_same_context: float = Field(8.0, gt=0)
+    """Most other tokens of its own context that a token may meet in a batch, on average; more is refused."""
 
 
 class SinkConfig(Section):

@@ -4,6 +4,7 @@ The driver checks the settings, starts a `TorchTrainer` whose workers run `train
 rank 0 records. Resuming is ours, from checkpoints in the run directory: it works when driver and cluster are gone.
 """
 
+import math
 import os
 import shutil
 import threading
@@ -14,7 +15,7 @@ from typing import Any
 
 from pipelines.cluster.local import require_cpus, start_ray
 from pipelines.collect import open_store, store_path
-from pipelines.config import RayConfig, RunConfig, SAESpec, TrainConfig
+from pipelines.config import CollectConfig, RayConfig, RunConfig, SAESpec, TrainConfig
 from pipelines.dictionaries import dictionary_files, dictionary_provenance, import_dictionary
 from pipelines.errors import RunError, UsageError
 from pipelines.progress import Reporter
@@ -36,6 +37,7 @@ def train(config: RunConfig, run: RunDir, ui: Reporter) -> dict[str, dict[str, A
         if not _is_trained(run, name):
             _run_ray(make_job(config, run, name, store), config, name, run, ui)
         figures[name] = last_line(run.checkpoints(name) / METRICS_FILE)
+        run.event("mixing", sae=name, expected_same_context=figures[name].get("expected_same_context"))
     return figures
 
 
@@ -77,6 +79,7 @@ def check_settings(config: RunConfig, widths: Mapping[str, int]) -> None:
         for name, spec in config.saes.items()
         for problem in _problems(config.train, spec, widths[config.hook_of(name)], name)
     ]
+    problems += _mixing_problems(config.train, config.collect)
     if problems:
         raise UsageError("; ".join(dict.fromkeys(problems)))
     n_cpus = _threads_per_worker(config.train, config.ray) * config.train.num_workers
@@ -92,11 +95,27 @@ def _problems(train: TrainConfig, spec: SAESpec, d_in: int, name: str) -> list[s
         )
     if train.n_tokens < train.batch_size:
         problems.append(f"train.n_tokens ({train.n_tokens:,}) is less than one batch ({train.batch_size:,})")
-    if train.batch_size % train.num_workers:
+    if train.batch_size % train.streams:
+        problems.append(f"train.batch_size ({train.batch_size}) must be a multiple of train.streams ({train.streams})")
+    if train.streams % train.num_workers:
         problems.append(
-            f"train.batch_size ({train.batch_size}) must be a multiple of train.num_workers ({train.num_workers})"
+            f"train.streams ({train.streams}) must be a multiple of train.num_workers ({train.num_workers})"
         )
     return problems
+
+
+def _mixing_problems(train: TrainConfig, collect: CollectConfig) -> list[str]:
+    """What `ShuffledReader` is sure to refuse when the store is there."""
+    n_train = collect.n_tokens * (1 - collect.heldout_fraction) / collect.context_length
+    same_context = train.batch_size / train.shuffle_contexts
+    if n_train <= train.shuffle_contexts or same_context <= train.max_same_context:
+        return []
+    return [
+        f"train.shuffle_contexts ({train.shuffle_contexts}) mixes too little for train.batch_size "
+        f"({train.batch_size}): a token would meet about {same_context:.0f} others of its own context in a batch, and "
+        f"train.max_same_context is {train.max_same_context:g}; raise it to "
+        f"{math.ceil(train.batch_size / train.max_same_context)} or more"
+    ]
 
 
 def _require_one_batch(train: TrainConfig, store: ActivationStore) -> None:

@@ -79,6 +79,8 @@ def train_worker(
         batch_size=train.batch_size,
         seed=job.seed,
         window_contexts=train.shuffle_contexts,
+        n_streams=train.streams,
+        max_same_context=train.max_same_context,
         rank=rank,
         world_size=world_size,
         exclude_sinks=not job.sinks.train_on_them,
@@ -90,7 +92,7 @@ def train_worker(
         def on_step(step: StepMetrics) -> None:
             if metrics is None:
                 return
-            metrics.write(step)
+            metrics.write(step, reader.expected_same_context)
             if step.step % train.checkpoint_every == 0 or step.step == n_steps:
                 save_checkpoint(checkpoints, step.step, trainer.state_dict())
 
@@ -159,8 +161,9 @@ class _Metrics:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def write(self, step: StepMetrics) -> None:
-        self._file.write(json.dumps({**step._asdict(), "time": now()}) + "\n")
+    def write(self, step: StepMetrics, same_context: float) -> None:
+        line = {**step._asdict(), "expected_same_context": round(same_context, 3), "time": now()}
+        self._file.write(json.dumps(line) + "\n")
 
 
 def last_line(path: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ Ranges are of contexts. Reads are contiguous copies out of memory maps; to train
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -165,6 +165,25 @@ class ActivationStore:
         held = self.spec.n_shards - len(self.missing())
         n_rows = min(held * self.spec.contexts_per_shard * self.spec.context_length, self.spec.n_tokens)
         return n_rows * spec.d_in * np.dtype(spec.element_type).itemsize / n_bytes if n_bytes else float("nan")
+
+    def activations_pieces(self, hook: str, start: int, stop: int) -> Iterator[NDArray[Any]]:
+        """Rows of contexts [start, stop) as `activations_numpy` gives them, in order, in pieces [n, d_in] of at most a
+        chunk: views of the file where it is mapped and plain, and not to be written to."""
+        self._check_range(start, stop)
+        spec, length = self.spec.hook(hook), self.spec.context_length
+        row = start * length
+        try:
+            for piece in self._activations[spec.name].pieces(row, stop * length):
+                if spec.quantisation == "none":
+                    yield piece
+                else:
+                    scales = self._scales[spec.name].read(row, row + len(piece))
+                    yield dequantise(piece, scales, spec.dtype)
+                row += len(piece)
+        except CorruptionError as error:
+            if self._tail:
+                self._explain_tail(start, stop, error)
+            raise
 
     def norms(self, hook: str, start: int, stop: int) -> NDArray[np.float32]:
         """L2 norm of each activation of contexts [start, stop), float32 [stop - start, context_length]."""

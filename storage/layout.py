@@ -6,6 +6,7 @@ and not on the version of a library; the tests hold it against what stock zarr r
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +64,7 @@ class ArrayLayout:
     @property
     def chunk_bytes(self) -> int:
         """Data bytes of one chunk; its checksum follows them."""
-        return self.rows_per_chunk * int(np.prod(self.shape[1:])) * self.dtype.itemsize
+        return self.rows_per_chunk * math.prod(self.shape[1:]) * self.dtype.itemsize
 
     @property
     def stored_chunk_bytes(self) -> int:

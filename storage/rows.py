@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,19 +53,30 @@ class RowReader:
         Raises: ValueError if the range is not inside of the array; CorruptionError naming file and shard if bytes are
             missing or changed.
         """
-        array = self.array
-        if not 0 <= start <= stop <= array.shape[0]:
-            raise ValueError(f"Rows of {array.key} must lie in [0, {array.shape[0]}], got [{start}, {stop}).")
+        self._check_range(start, stop)
         if out is None:
-            out = np.empty((stop - start, *array.shape[1:]), array.dtype)
-        row = start
-        while row < stop:
-            file, in_file = divmod(row, array.rows_per_file)
-            chunk, in_chunk = divmod(in_file, array.rows_per_chunk)
-            n = min(array.rows_per_chunk - in_chunk, stop - row)
-            out[row - start : row - start + n] = self._chunk(file, chunk)[in_chunk : in_chunk + n]
-            row += n
+            out = np.empty((stop - start, *self.array.shape[1:]), self.array.dtype)
+        row = 0
+        for piece in self.pieces(start, stop):
+            out[row : row + len(piece)] = piece
+            row += len(piece)
         return out
+
+    def pieces(self, start: int, stop: int) -> Iterator[NDArray[Any]]:
+        """Rows [start, stop) in pieces of at most a chunk, in order; not copied where the file is mapped, and not to be
+        written to. Raises as `read` does."""
+        self._check_range(start, stop)
+        array = self.array
+        while start < stop:
+            file, in_file = divmod(start, array.rows_per_file)
+            chunk, in_chunk = divmod(in_file, array.rows_per_chunk)
+            n = min(array.rows_per_chunk - in_chunk, stop - start)
+            yield self._chunk(file, chunk)[in_chunk : in_chunk + n]
+            start += n
+
+    def _check_range(self, start: int, stop: int) -> None:
+        if not 0 <= start <= stop <= self.array.shape[0]:
+            raise ValueError(f"Rows of {self.array.key} must lie in [0, {self.array.shape[0]}], got [{start}, {stop}).")
 
     def _chunk(self, file: int, chunk: int) -> NDArray[Any]:
         array = self.array

@@ -1,16 +1,17 @@
 """`ShuffledReader`: rows of a store in seeded random order, as batches for training.
 
-Each epoch permutes the contexts of the split and cuts them in windows of `window_contexts`. A window is loaded into
-memory by contiguous reads, one ahead of its use, its rows (without attention sinks) are permuted, and batches are cut
-from the resulting stream, across the ends of windows and epochs. So batch b is a function of (store, settings, seed, b)
-alone, and the number b is all the state there is.
+`streams` says which row goes where. A thread loads one window ahead: it reads the contexts of the reader's own streams
+in contiguous pieces of about a chunk and puts each usable row at its shuffled place in a buffer, so that a batch is a
+few contiguous copies. Batch b is a function of (store, settings, seed, b) alone, and the number b is all the state.
 """
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,34 +19,39 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.activations import SINK_MULTIPLE, ActivationStore
-from storage.spec import Split
+from storage.spec import PADDING, SINK, Split
+from storage.streams import Part, Run, Window, WindowPlan, dealt, parts
 
 if TYPE_CHECKING:
     import torch
 
+N_STREAMS = 16
+"""Default number of streams: divisible by 1, 2, 4, 8 and 16 ranks."""
+LOADER_THREADS = 2
+"""Threads that move rows of different streams; the copies run without Python's lock, the checksums do not."""
+
 
 @dataclass(eq=False)
-class _Window:
-    """Rows in memory, [n, d_in], and the numbers of those still to give, in order."""
+class _Loaded:
+    """One window in memory."""
 
-    rows: NDArray[Any]
-    order: NDArray[np.int64]
+    buffer: NDArray[Any]
+    pieces: list[NDArray[Any]]
+    """Rows still to give, per stream of the reader; views of the buffer."""
 
 
 class _Prefetch:
     """Passes windows from the loading thread to the reader, and used buffers back: two buffers are all there is."""
 
     def __init__(self) -> None:
-        self.loaded: queue.SimpleQueue[_Window | BaseException] = queue.SimpleQueue()
+        self.loaded: queue.SimpleQueue[_Loaded | BaseException | None] = queue.SimpleQueue()
         self.free: queue.SimpleQueue[NDArray[Any] | None] = queue.SimpleQueue()
-        self.stopped = False
+        self.stopped = threading.Event()
         for _ in range(2):
             self.free.put(None)  # to be allocated when first needed
 
-    def exchange(self, used: _Window | None) -> _Window:
-        """The next window, for a used one. Raises what stopped the loader."""
-        if used is not None:
-            self.free.put(used.rows)
+    def next(self) -> _Loaded | None:
+        """The next window, None when there is none. Raises what stopped the loader."""
         window = self.loaded.get()
         if isinstance(window, BaseException):
             raise window
@@ -53,19 +59,20 @@ class _Prefetch:
 
     def stop(self) -> None:
         """Ends the loader once it has finished the window that it is at."""
-        self.stopped = True
+        self.stopped.set()
         self.free.put(None)
 
 
 class ShuffledReader:
-    """Iterates over shuffled batches of one hook, forever or for some epochs.
+    """Iterates over shuffled batches of one hook, forever or for some epochs. Padding is never given.
 
         for x in ShuffledReader(store, "model.layers.8", split="train", batch_size=4096, seed=0):
             ...                                             # x: [batch_size / world_size, d_in]
 
-    An epoch's rows that do not fill a batch go into the first batch of the next; at the very end they are dropped. Each
-    of `world_size` readers with the same settings gets rows rank::world_size of every batch. At most two windows are in
-    memory.
+    Batch b consists of batch_size / n_streams rows of each stream. Rank r of n reads the streams v with v mod n = r,
+    and only their bytes; the ranks' rows of batch b together are batch b of a single reader, whatever n is. Rows of an
+    epoch that do not fill a batch go into the first batch of the next epoch; those of the last are dropped, fewer than
+    batch_size. At most two windows are in memory, of each the reader's own streams.
     """
 
     def __init__(
@@ -77,15 +84,22 @@ class ShuffledReader:
         batch_size: int,
         seed: int,
         window_contexts: int = 1024,
+        n_streams: int = N_STREAMS,
         rank: int = 0,
         world_size: int = 1,
         exclude_sinks: bool = True,
         sink_multiple: float = SINK_MULTIPLE,
+        select: Mapping[str, Collection[int]] | None = None,
+        max_same_context: float | None = None,
         epochs: int | None = None,
         start_batch: int = 0,
     ) -> None:
         """Args:
-            batch_size: rows of a global batch, over all ranks.
+            batch_size: rows of a global batch, over all ranks; a multiple of `n_streams`.
+            window_contexts: most contexts that are shuffled together.
+            n_streams: V; a multiple of `world_size`.
+            select: give only tokens whose value in each named table is among the given ones (`ActivationStore.select`).
+            max_same_context: refuse settings whose `expected_same_context` is greater, if a larger window could help.
             epochs: passes over the split; None repeats forever.
             start_batch: number of the first batch to give.
         Raises: ValueError for settings that cannot work, or if the split is smaller than one batch.
@@ -94,11 +108,15 @@ class ShuffledReader:
         self.hook = store.spec.hook(hook).name
         self.split: Split = split
         self.batch_size, self.seed, self.window_contexts = batch_size, seed, window_contexts
-        self.rank, self.world_size = rank, world_size
+        self.n_streams, self.rank, self.world_size = n_streams, rank, world_size
         self.exclude_sinks, self.sink_multiple, self.epochs = exclude_sinks, sink_multiple, epochs
-        self._first_context, stop = store.spec.split_range(split)
-        self._n_contexts = stop - self._first_context
+        self.select = None if select is None else {name: sorted(values) for name, values in select.items()}
         self._check_settings(start_batch)
+        self._take = batch_size // n_streams
+        self._streams = range(rank, n_streams, world_size)
+        first, stop = store.spec.split_range(split)
+        self._plan = WindowPlan(first, stop, store.spec.contexts_per_shard, window_contexts, seed)
+        self._d_in, self._dtype = store.spec.hook(hook).d_in, store.spec.hook(hook).element_type
         self._batch = start_batch
         self._usable = self._count_usable_rows()
         self.n_rows = int(self._usable.sum())
@@ -111,16 +129,18 @@ class ShuffledReader:
                 f"{epochs or 1} epoch(s) of it have "
                 f"{(epochs or 1) * self.n_rows} usable rows. Take a smaller batch_size, or collect more tokens."
             )
+        self._check_mixing(max_same_context)
 
     @property
     def expected_same_context(self) -> float:
         """Expected number of other rows of a batch that share a given row's context: the lower, the better mixed.
 
-        (batch_size - 1) * (rows per context - 1) / (rows per window - 1)
+        (B/V - 1) * (c - 1) / (n/V - 1), with c rows per context and n rows in the smallest window; at most c - 1.
         """
-        rows_per_context = self.n_rows / self._n_contexts
-        rows_per_window = max(2.0, rows_per_context * min(self.window_contexts, self._n_contexts))
-        return (self.batch_size - 1) * (rows_per_context - 1) / (rows_per_window - 1)
+        rows_per_context = self.n_rows / self._plan.n_contexts
+        rows_per_part = max(2.0, rows_per_context * self._plan.least_window / self.n_streams)
+        share = min(1.0, (self._take - 1) / (rows_per_part - 1))
+        return share * (rows_per_context - 1)
 
     def state_dict(self) -> dict[str, Any]:
         """JSON values from which `load_state_dict` goes on after the last batch given. The same for every rank."""
@@ -149,103 +169,152 @@ class ShuffledReader:
         import torch
 
         bfloat16 = self.store.spec.hook(self.hook).dtype == "bfloat16"
-        rows = self._rank_rows(self._batch)
-        while self.n_batches is None or self._batch < self.n_batches:
-            values = next(rows)
+        for values in self._rank_rows(self._batch):
             self._batch += 1
             tensor = torch.from_numpy(values)
             yield tensor.view(torch.bfloat16) if bfloat16 else tensor
 
     def _rank_rows(self, first_batch: int) -> Iterator[NDArray[Any]]:
-        """This rank's rows of each batch, without end."""
-        epoch, row = divmod(first_batch * self.batch_size, self.n_rows)
+        """This rank's rows of each batch, until the windows end."""
         prefetch = _Prefetch()
         loader = threading.Thread(
-            target=self._load_windows, args=(epoch, row, prefetch), daemon=True, name="ShuffledReader"
+            target=self._load_windows, args=(first_batch, prefetch), daemon=True, name="ShuffledReader"
         )
         loader.start()
+        shape = (len(self._streams) * self._take, self._d_in)
         try:
-            window = prefetch.exchange(None)
-            while True:
-                pieces, filled = [], 0
-                while filled < self.batch_size:
-                    if not len(window.order):
-                        window = prefetch.exchange(window)
-                    taken = window.order[: self.batch_size - filled]
-                    window.order = window.order[len(taken) :]
-                    # every rank counts from the batch's first row, and `filled` of its rows came before
-                    mine = taken[(self.rank - filled) % self.world_size :: self.world_size]
-                    pieces.append(np.take(window.rows, mine, axis=0))
-                    filled += len(taken)
-                yield pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+            window = prefetch.next()
+            while window is not None:
+                batch = np.empty(shape, self._dtype)
+                filled = [0] * len(self._streams)
+                while True:
+                    for own, piece in enumerate(window.pieces):
+                        taken = piece[: self._take - filled[own]]
+                        low = own * self._take + filled[own]
+                        batch[low : low + len(taken)] = taken
+                        filled[own] += len(taken)
+                        window.pieces[own] = piece[len(taken) :]
+                    if min(filled) == self._take:
+                        break
+                    prefetch.free.put(window.buffer)
+                    window = prefetch.next()
+                    if window is None:
+                        return
+                yield batch
         finally:
             prefetch.stop()
             loader.join()
 
-    def _load_windows(self, epoch: int, row: int, prefetch: _Prefetch) -> None:
-        """Body of the prefetch thread: loads windows in order, the first from its row `row` of the epoch on."""
+    def _load_windows(self, first_batch: int, prefetch: _Prefetch) -> None:
+        """Body of the prefetch thread: loads windows in order, from the one with the first row of `first_batch` on."""
         try:
-            while True:
-                contexts = np.random.default_rng([self.seed, epoch]).permutation(self._n_contexts)
-                for number, start in enumerate(range(0, self._n_contexts, self.window_contexts)):
-                    members = np.sort(contexts[start : start + self.window_contexts])
-                    n_rows = int(self._usable[members].sum())
-                    if row >= n_rows:
-                        row -= n_rows
-                        continue
+            with ThreadPoolExecutor(LOADER_THREADS, thread_name_prefix="ShuffledReader") as pool:
+                for window, count in self._windows_from(first_batch * self.batch_size):
                     buffer = prefetch.free.get()
-                    if prefetch.stopped:
+                    if prefetch.stopped.is_set():
                         return
-                    rows, usable = self._load(members, self._new_buffer() if buffer is None else buffer)
-                    order = np.random.default_rng([self.seed, epoch, number]).permutation(usable)
-                    prefetch.loaded.put(_Window(rows, order[row:]))
-                    row = 0
-                epoch += 1
+                    prefetch.loaded.put(self._load(window, count, first_batch * self._take, buffer, pool))
+            prefetch.loaded.put(None)
         except BaseException as error:  # noqa: BLE001 - it is raised again where the batch is asked for
             prefetch.loaded.put(error)
 
-    def _new_buffer(self) -> NDArray[Any]:
-        hook = self.store.spec.hook(self.hook)
-        n_rows = min(self.window_contexts, self._n_contexts) * self.store.spec.context_length
-        return np.empty((n_rows, hook.d_in), hook.element_type)
+    def _windows_from(self, row: int) -> Iterator[tuple[Window, int]]:
+        """Windows from the one that holds row `row` of all on, each with the number of rows before it."""
+        epoch = row // self.n_rows
+        count = epoch * self.n_rows
+        while self.epochs is None or epoch < self.epochs:
+            for window in self._plan.windows(epoch):
+                n = int(self._window_usable(window).sum())
+                if count + n > row:
+                    yield window, count
+                count += n
+            epoch += 1
 
-    def _load(self, members: NDArray[np.int64], buffer: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        """The buffer with the rows of the given contexts (ascending), and the numbers of those that may be used."""
-        length = self.store.spec.context_length
-        data = buffer.reshape(-1, length, buffer.shape[1])
-        usable = np.ones((len(members), length), bool)
-        breaks = np.flatnonzero(np.diff(members) != 1) + 1
-        for low, high in zip([0, *breaks], [*breaks, len(members)], strict=True):  # runs of neighbours
-            start = self._first_context + int(members[low])
-            stop = start + int(high - low)
-            self.store.activations_numpy(self.hook, start, stop, out=data[low:high])
-            if self.exclude_sinks:
-                usable[low:high] = ~self.store.sink_mask(self.hook, start, stop, self.sink_multiple)
-        return buffer, np.flatnonzero(usable)
+    def _load(
+        self, window: Window, count: int, first_row: int, buffer: NDArray[Any] | None, pool: ThreadPoolExecutor
+    ) -> _Loaded:
+        """Reads the own streams' parts of a window, without the rows of each stream before `first_row`.
+
+        The buffer holds, per stream, its rows in shuffled order and one place more for the rows that are not wanted.
+        """
+        usable = np.concatenate([self._usable_mask(run) for run in window.runs])
+        own = parts(window, usable.sum(axis=1), count, self._streams, self.n_streams)
+        needed = sum(part.n_rows + 1 for part in own)
+        if buffer is None or len(buffer) < needed:
+            buffer = np.empty((needed, self._d_in), self._dtype)
+        pieces: list[NDArray[Any]] = []
+        jobs, low = [], 0
+        for part in own:
+            rows = buffer[low : low + part.n_rows + 1]
+            given = max(0, first_row - dealt(count, part.stream, self.n_streams))
+            pieces.append(rows[given : part.n_rows])
+            mask = usable[part.first : part.first + part.n_contexts].reshape(-1)
+            jobs.append(pool.submit(self._scatter, window, part, mask, rows))
+            low += len(rows)
+        for job in jobs:
+            job.result()
+        return _Loaded(buffer, pieces)
+
+    def _scatter(self, window: Window, part: Part, usable: NDArray[np.bool_], rows: NDArray[Any]) -> None:
+        """Puts the j-th row of a part at its shuffled place in `rows`, and what else is read at the last place."""
+        if not part.n_rows:
+            return
+        rng = np.random.default_rng([self.seed, window.epoch, window.number, part.stream])
+        places = rng.permutation(part.n_rows)
+        wanted = np.flatnonzero(usable)[part.skip : part.skip + part.n_rows]
+        destinations = np.full(len(usable), part.n_rows)
+        destinations[wanted] = places
+        as_items = np.dtype((np.void, rows.shape[1] * rows.itemsize))  # a row as one item: one copy per row
+        target = rows.view(as_items).reshape(-1)
+        low = 0
+        for run in part.runs:
+            for piece in self.store.activations_pieces(self.hook, run.start, run.stop):
+                target[destinations[low : low + len(piece)]] = piece.view(as_items).reshape(-1)
+                low += len(piece)
+
+    def _usable_mask(self, run: Run) -> NDArray[np.bool_]:
+        """Rows that may be given, bool [n_contexts, context_length]."""
+        unwanted = np.uint8(PADDING | SINK if self.exclude_sinks else PADDING)
+        mask = self.store.mask(self.hook, run.start, run.stop, self.sink_multiple)
+        usable: NDArray[np.bool_] = mask & unwanted == 0
+        if self.select is not None:
+            usable &= self.store.select(self.select, run.start, run.stop)
+        return usable
+
+    def _window_usable(self, window: Window) -> NDArray[np.int64]:
+        """Usable rows of each context of a window."""
+        first = self._plan.first
+        return np.concatenate([self._usable[run.start - first : run.stop - first] for run in window.runs])
 
     def _count_usable_rows(self) -> NDArray[np.int64]:
         """Usable rows of each context of the split."""
-        spec = self.store.spec
-        counts = np.full(self._n_contexts, spec.context_length, np.int64)
-        if self.exclude_sinks:
-            for start in range(0, self._n_contexts, spec.contexts_per_shard):
-                stop = min(start + spec.contexts_per_shard, self._n_contexts)
-                sinks = self.store.sink_mask(
-                    self.hook, self._first_context + start, self._first_context + stop, self.sink_multiple
-                )
-                counts[start:stop] -= sinks.sum(axis=1)
-        return counts
+        plan = self._plan
+        shards = sorted(plan.shards(0))
+        runs = [
+            Run(max(plan.first, shard * plan.contexts_per_shard), min(plan.stop, (shard + 1) * plan.contexts_per_shard))
+            for shard in shards
+        ]
+        counts = [self._usable_mask(run).sum(axis=1, dtype=np.int64) for run in runs]
+        return np.concatenate(counts) if counts else np.zeros(0, np.int64)
 
     def _settings(self) -> dict[str, Any]:
         """Everything that a batch depends on besides its number."""
-        names = ("hook", "split", "batch_size", "seed", "window_contexts", "exclude_sinks", "sink_multiple")
+        names = (
+            *("hook", "split", "batch_size", "seed", "window_contexts", "n_streams"),
+            *("exclude_sinks", "sink_multiple", "select"),
+        )
         return {"fingerprint": self.store.spec.fingerprint} | {name: getattr(self, name) for name in names}
 
     def _check_settings(self, start_batch: int) -> None:
         problems = []
-        if self.batch_size < 1 or self.world_size < 1 or self.batch_size % self.world_size:
+        if self.n_streams < 1 or self.batch_size < 1 or self.batch_size % self.n_streams:
             problems.append(
-                f"batch_size must be a positive multiple of world_size, got {self.batch_size} and {self.world_size}"
+                f"batch_size must be a positive multiple of n_streams, got {self.batch_size} and {self.n_streams}"
+            )
+        if self.world_size < 1 or self.n_streams % self.world_size:
+            problems.append(
+                f"n_streams must be a multiple of world_size, got {self.n_streams} and {self.world_size}: "
+                "each stream is read by one rank"
             )
         if not 0 <= self.rank < self.world_size:
             problems.append(f"rank must lie in [0, world_size), got {self.rank} of {self.world_size}")
@@ -259,3 +328,15 @@ class ShuffledReader:
             problems.append(f"start_batch must not be negative, got {start_batch}")
         if problems:
             raise ValueError("A ShuffledReader cannot work so: " + "; ".join(problems) + ".")
+
+    def _check_mixing(self, most: float | None) -> None:
+        expected, plan = self.expected_same_context, self._plan
+        if most is None or expected <= most or plan.n_windows == 1:
+            return
+        least = math.ceil(plan.least_window * expected / most)
+        enough = -(-plan.n_contexts // max(1, plan.n_contexts // least))
+        raise ValueError(
+            f"A row of a batch must share its context with at most {most:g} other rows on average, but with windows of "
+            f"at most {self.window_contexts} contexts it is {expected:.1f}. Shuffle over {enough} contexts (more "
+            "memory), take a smaller batch, or allow more."
+        )

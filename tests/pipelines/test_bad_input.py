@@ -58,8 +58,16 @@ SETTINGS = {
         r"saes\.main\.k is 97, more than its 96 latents: lower k, or raise d_sae",
     ),
     "a batch that does not divide": (
+        "train.batch_size=200",
+        r"train\.batch_size \(200\) must be a multiple of train\.streams \(16\)",
+    ),
+    "streams that do not divide": (
         "train.num_workers=3",
-        r"train\.batch_size \(256\) must be a multiple of train\.num_workers \(3\)",
+        r"train\.streams \(16\) must be a multiple of train\.num_workers \(3\)",
+    ),
+    "too small a shuffle": (
+        "train.shuffle_contexts=20",
+        r"train\.shuffle_contexts \(20\) mixes too little for .* \(256\): .* about 13 others .*; raise it to 32",
     ),
     "more workers than CPUs": (
         "train.num_workers=4",
