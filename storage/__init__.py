@@ -4,6 +4,7 @@ speed of a memory map.
     ActivationWriter    create a store, write shards from any number of processes, seal it
     ActivationStore     read contexts, activations, norms, statistics
     ShuffledReader      batches of shuffled rows for training, resumable at any batch
+    Ring, Consumer      a store of bounded size that is emptied behind its readers
     LatentWriter        sparse latent activations, shard by shard
     LatentStore         … read by block of latents
     verify              every problem of a store on disk
@@ -25,19 +26,22 @@ from storage.errors import (
 )
 from storage.integrity import Problem, Repair, repair, verify
 from storage.latents import LatentBlock, LatentStore, LatentWriter
+from storage.ring import Consumer, Ring, ring_sidecar
 from storage.shuffle import ShuffledReader
-from storage.spec import BOS, PADDING, SINK, SPECIAL, HookSpec, StoreSpec, TableSpec, zarr_name
+from storage.spec import BOS, DELETED, PADDING, SINK, SPECIAL, HookSpec, StoreSpec, TableSpec, zarr_name
 from storage.statistics import Statistics
 from storage.writer import ActivationWriter, Receipt
 
 __all__ = [
     "BOS",
+    "DELETED",
     "PADDING",
     "SINK",
     "SPECIAL",
     "ActivationStore",
     "ActivationWriter",
     "AlreadyExistsError",
+    "Consumer",
     "Contexts",
     "CorruptionError",
     "FormatError",
@@ -50,6 +54,7 @@ __all__ = [
     "Problem",
     "Receipt",
     "Repair",
+    "Ring",
     "ShuffledReader",
     "Span",
     "SpecMismatchError",
@@ -58,6 +63,7 @@ __all__ = [
     "StoreSpec",
     "TableSpec",
     "repair",
+    "ring_sidecar",
     "verify",
     "zarr_name",
 ]

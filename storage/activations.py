@@ -21,12 +21,21 @@ from storage.backends import Backend, backend_for
 from storage.commits import CommitLog
 from storage.documents import DocumentIndex, Span
 from storage.errors import CorruptionError, IncompleteError, NotFoundError
-from storage.layout import activations_array, norms_array, scales_array, table_array
+from storage.layout import RING, activations_array, norms_array, scales_array, table_array
 from storage.quantisation import dequantise
 from storage.rows import RowReader
-from storage.spec import BOS, FLAGS, PADDING, SINK, SPECIAL, TABLE_NAMES, StoreSpec
+from storage.spec import BOS, DELETED, FLAGS, PADDING, SINK, SPECIAL, TABLE_NAMES, Split, StoreSpec
 from storage.statistics import Statistics
-from storage.writer import ActivationWriter, Path, Receipt, merged_statistics, read_spec, read_tables
+from storage.writer import (
+    ActivationWriter,
+    Path,
+    Receipt,
+    merged_statistics,
+    read_first_retained,
+    read_spec,
+    read_tables,
+    retained_train_shards,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -57,6 +66,9 @@ class ActivationStore:
         self._files: Mapping[str, Any] = read_tables(backend, spec)["files"]
         self._verify = verify
         self._seal = None if tail else self._log.read_seal()
+        self._first_retained = read_first_retained(backend) if RING in self._files else None
+        self.first_kept = 0 if tail or self._first_retained is None else self._first_retained * spec.contexts_per_shard
+        """The first context that is there; those before it were deleted on purpose, if the store was a ring."""
         self._tables = {name: RowReader(backend, table_array(spec, name), verify=verify) for name in spec.table_dtypes}
         self._activations, self._norms = (
             {hook.name: RowReader(backend, layout(spec, hook), verify=verify) for hook in spec.hooks}
@@ -87,6 +99,11 @@ class ActivationStore:
     @property
     def path(self) -> str:
         return self._backend.location()
+
+    def split_range(self, split: Split) -> tuple[int, int]:
+        """Contexts [start, stop) of a split, as far as they are there: of a ring, those that were retained."""
+        start, stop = self.spec.split_range(split)
+        return max(start, self.first_kept), stop
 
     def missing(self) -> list[int]:
         """Shards that are not committed yet, ascending; looks at the directory and changes nothing."""
@@ -170,6 +187,8 @@ class ActivationStore:
         """Rows of contexts [start, stop) as `activations_numpy` gives them, in order, in pieces [n, d_in] of at most a
         chunk: views of the file where it is mapped and plain, and not to be written to."""
         self._check_range(start, stop)
+        if self._tail and start < stop:
+            self._require_committed(start, stop)
         spec, length = self.spec.hook(hook), self.spec.context_length
         row = start * length
         try:
@@ -181,9 +200,13 @@ class ActivationStore:
                     yield dequantise(piece, scales, spec.dtype)
                 row += len(piece)
         except CorruptionError as error:
-            if self._tail:
-                self._explain_tail(start, stop, error)
+            self._explain(start, stop, error)
             raise
+
+    def forget(self, context: int) -> None:
+        """Lets go of the files that end before a context, so that a deleted one frees its space."""
+        for reader in (*self._activations.values(), *self._scales.values(), *self._norms.values()):
+            reader.forget(context * self.spec.context_length)
 
     def norms(self, hook: str, start: int, stop: int) -> NDArray[np.float32]:
         """L2 norm of each activation of contexts [start, stop), float32 [stop - start, context_length]."""
@@ -199,26 +222,30 @@ class ActivationStore:
         return self._table(name, start, stop)
 
     def sink_mask(self, hook: str, start: int, stop: int, multiple: float = SINK_MULTIPLE) -> NDArray[np.bool_]:
-        """True for rows that no figure may count, bool [stop - start, context_length]: attention sinks and padding.
+        """True for rows that no figure may count, bool [stop - start, context_length]: sinks, padding, deleted rows.
 
         A sink has position 0, or a norm that is not below `Statistics.sink_threshold(multiple)` (so also one that is
         not finite). `mask` tells sinks and padding apart.
         """
-        mask: NDArray[np.bool_] = self.mask(hook, start, stop, multiple) & (SINK | PADDING) != 0
+        mask: NDArray[np.bool_] = self.mask(hook, start, stop, multiple) & (SINK | PADDING | DELETED) != 0
         return mask
 
     def mask(self, hook: str, start: int, stop: int, multiple: float = SINK_MULTIPLE) -> NDArray[np.uint8]:
-        """Bits `BOS`, `PADDING`, `SPECIAL` and `SINK` of each token, uint8 [stop - start, context_length].
+        """Bits `BOS`, `PADDING`, `SPECIAL`, `SINK` and `DELETED` of each token, uint8 [stop - start, context_length].
 
-        Padding is never a sink.
+        Neither padding nor what was deleted is ever a sink.
         """
+        self._check_range(start, stop)
         if FLAGS in self._tables:
             mask: NDArray[np.uint8] = self._table(FLAGS, start, stop) & np.uint8(BOS | PADDING | SPECIAL)
         else:
             mask = np.zeros((stop - start, self.spec.context_length), np.uint8)
-        below = self.norms(hook, start, stop) < self.statistics(hook).sink_threshold(multiple)
-        sinks = ~below | (self._table("position", start, stop) == 0)
-        mask[sinks & (mask & PADDING == 0)] |= SINK
+        kept = min(max(start, self.first_kept), stop)
+        mask[: kept - start] |= DELETED
+        there = mask[kept - start :]
+        below = self.norms(hook, kept, stop) < self.statistics(hook).sink_threshold(multiple)
+        sinks = ~below | (self._table("position", kept, stop) == 0)
+        there[sinks & (there & PADDING == 0)] |= SINK
         return mask
 
     def select(self, selection: Mapping[str, Collection[int]], start: int, stop: int) -> NDArray[np.bool_]:
@@ -261,12 +288,26 @@ class ActivationStore:
         return DocumentIndex(self.spec, self._table, rows)
 
     def statistics(self, hook: str) -> Statistics:
-        """Statistics over all rows of a hook; with `tail`, over the shards committed when it is first asked for."""
+        """Statistics over all rows of a hook; with `tail`, over the shards committed when it is first asked for.
+
+        Of a ring, over its retained training shards, also when others are there.
+
+        Raises: IncompleteError if one of those is not committed yet.
+        """
         return self._statistics[self.spec.hook(hook).name]
 
     @cached_property
     def _statistics(self) -> dict[str, Statistics]:
-        values = merged_statistics(self._log, self.spec) if self._seal is None else self._seal["statistics"]
+        if self._seal is not None:
+            values = self._seal["statistics"]
+        elif self._first_retained is None:
+            values = merged_statistics(self._log, self.spec)
+        else:
+            shards = retained_train_shards(self.spec, self._first_retained)
+            absent = set(shards) & set(self._log.missing())
+            if absent:
+                raise IncompleteError(f"{self.path} does not hold shard {min(absent)} yet; wait for its commit.")
+            values = merged_statistics(self._log, self.spec, shards)
         return {name: Statistics.from_json(value) for name, value in values.items()}
 
     def _table(self, name: str, start: int, stop: int) -> NDArray[Any]:
@@ -280,7 +321,11 @@ class ActivationStore:
         if self._tail and start < stop:
             self._require_committed(start, stop)
         length = self.spec.context_length
-        return reader.read(start * length, stop * length, out)
+        try:
+            return reader.read(start * length, stop * length, out)
+        except CorruptionError as error:
+            self._explain(start, stop, error)
+            raise
 
     def _check_range(self, start: int, stop: int) -> None:
         if not 0 <= start <= stop <= self.spec.n_contexts:
@@ -288,10 +333,23 @@ class ActivationStore:
 
     def _require_committed(self, start: int, stop: int) -> None:
         """Raises IncompleteError if a shard of the range is not committed yet, whatever stands in its place."""
-        size = self.spec.contexts_per_shard
-        shards = set(range(start // size, -(-stop // size)))
+        shards = self._shards(start, stop)
         if not shards <= self._committed:
             self._committed = set(self._log.committed())
-        absent = sorted(shards - self._committed)
+        absent = sorted(shards - self._committed - self._log.tombstoned())
         if absent:
             raise IncompleteError(f"{self.path} does not hold shard {absent[0]} yet; wait for its commit.")
+
+    def _explain(self, start: int, stop: int, error: CorruptionError) -> None:
+        """Raises NotFoundError if the trouble is only that a shard of the range was deleted on purpose."""
+        gone = sorted(self._shards(start, stop) & self._log.tombstoned())
+        if gone:
+            raise NotFoundError(
+                f"Shard {gone[0]} of {self.path} was deleted on purpose after it had been read: the store was filled "
+                f"as a ring. Read contexts from {(self._first_retained or 0) * self.spec.contexts_per_shard} on."
+            ) from error
+
+    def _shards(self, start: int, stop: int) -> set[int]:
+        """Shards that hold contexts [start, stop)."""
+        size = self.spec.contexts_per_shard
+        return set(range(start // size, -(-stop // size)))

@@ -22,7 +22,7 @@ from typing import Any
 
 from storage.backends import Backend, Buffer, as_bytes
 from storage.errors import CorruptionError, FormatError, IncompleteError, NotFoundError, StorageError
-from storage.layout import COMMITS, KEEP, LEASES, SEAL, STAGING, commit_key
+from storage.layout import COMMITS, KEEP, LEASES, SEAL, STAGING, TOMBSTONES, commit_key, tombstone_key
 from storage.spec import FORMAT_VERSION, checked_json, parse_checked_json
 
 
@@ -111,8 +111,30 @@ class CommitLog:
         return [int(name.removesuffix(".json")) for name in names if name.endswith(".json")]
 
     def missing(self) -> list[int]:
-        """Numbers of the shards that are not, ascending."""
-        return sorted(set(range(self.n_shards)) - set(self.committed()))
+        """Numbers of the shards still to be written, ascending: neither committed nor deleted on purpose."""
+        return sorted(set(range(self.n_shards)) - set(self.committed()) - self.tombstoned())
+
+    def tombstoned(self) -> set[int]:
+        """Numbers of the shards that were deleted on purpose (see `ring`)."""
+        names = self.backend.list(TOMBSTONES)
+        return {int(name.removesuffix(".json")) for name in names if name.endswith(".json")}
+
+    def deleted_files(self, shard: int) -> set[str]:
+        """Keys of the files of a shard that were deleted on purpose.
+
+        Raises: FormatError or CorruptionError if the tombstone is not one of this store.
+        """
+        key = tombstone_key(shard)
+        try:
+            value = parse_checked_json(self.backend.read(key), self.backend.location(key))
+        except NotFoundError:
+            return set()
+        if value.get("fingerprint") != self.fingerprint or value.get("shard") != shard:
+            raise CorruptionError(
+                f"{self.backend.location(key)} must be the tombstone of shard {shard} of this store, but it is another "
+                "one's: it was copied here from elsewhere. Remove it."
+            )
+        return set(value["files"])
 
     def read(self, shard: int) -> Commit | None:
         """A shard's commit, None if there is none yet.
@@ -233,10 +255,12 @@ class CommitLog:
         """
         self.recover()
         self.require_complete()
+        tombstoned = self.tombstoned()
         for shard in range(self.n_shards):
             commit = self.read(shard)
             for file in commit.files if commit else ():
-                self.require_file(shard, file.key, file.n_bytes)
+                if shard not in tombstoned or file.key not in self.deleted_files(shard):
+                    self.require_file(shard, file.key, file.n_bytes)
         value = {
             "format_version": FORMAT_VERSION,
             "fingerprint": self.fingerprint,

@@ -12,7 +12,7 @@ from storage.backends import Backend, ByteSource, backend_for
 from storage.commits import CommitLog
 from storage.errors import IncompleteError, NotFoundError, StorageError
 from storage.latents import META, LatentWriter, latent_commit_log, read_meta
-from storage.layout import SEAL, SPEC, TABLES, metadata_files, shard_arrays
+from storage.layout import SEAL, SPEC, TABLES, metadata_files, shard_arrays, tombstone_key
 from storage.writer import ActivationWriter, Path, read_spec, read_tables
 
 Kind = Literal[
@@ -123,16 +123,29 @@ def _is_latent(backend: Backend) -> bool:
 
 
 def _check_commits(backend: Backend, log: CommitLog, fast: bool) -> Iterator[Problem]:
+    tombstoned = log.tombstoned()
     for shard in range(log.n_shards):
         try:
             commit = log.read(shard)
         except StorageError as error:
             yield Problem(f"commits/{shard:06d}.json", shard, "unreadable", str(error))
             continue
+        if shard in tombstoned:
+            try:
+                deleted = log.deleted_files(shard)
+            except StorageError as error:
+                yield Problem(tombstone_key(shard), shard, "unreadable", str(error))
+                continue
+        else:
+            deleted = set()
+        if commit is None and shard in tombstoned:
+            continue  # given up before it was written
         if commit is None:
             yield Problem(f"commits/{shard:06d}.json", shard, "not committed", "the shard was not written")
             continue
         for file in commit.files:
+            if file.key in deleted:
+                continue
             yield from _check_file(backend, file.key, shard, file.n_bytes, file.sha256, fast)
     try:
         log.read_seal()

@@ -21,10 +21,13 @@ SEAL = "seal.json"
 COMMITS = "commits"
 STAGING = "staging"
 LEASES = "leases"
+RING = "ring.json"
+CONSUMERS = "consumers"
+TOMBSTONES = "tombstones"
 GROUP = "data.zarr"
 KEEP = ".keep"
 """Empty file that keeps a directory through copies that drop empty ones."""
-RESERVED = frozenset({SPEC, TABLES, SEAL, COMMITS, STAGING, LEASES, GROUP})
+RESERVED = frozenset({SPEC, TABLES, SEAL, COMMITS, STAGING, LEASES, CONSUMERS, TOMBSTONES, GROUP})
 """Names in the root of a store that a sidecar may not take."""
 
 MIB = 2**20
@@ -213,3 +216,13 @@ def metadata_files(spec: StoreSpec) -> dict[str, bytes]:
 def commit_key(shard: int) -> str:
     """Key of a shard's commit."""
     return f"{COMMITS}/{shard:06d}.json"
+
+
+def tombstone_key(shard: int) -> str:
+    """Key of the record that a shard was deleted on purpose."""
+    return f"{TOMBSTONES}/{shard:06d}.json"
+
+
+def consumer_key(name: str) -> str:
+    """Key of a consumer's cursor."""
+    return f"{CONSUMERS}/{name}.json"

@@ -74,6 +74,12 @@ class RowReader:
             yield self._chunk(file, chunk)[in_chunk : in_chunk + n]
             start += n
 
+    def forget(self, stop: int) -> None:
+        """Lets go of the maps of the files that end before row `stop`; a deleted file holds its space until then."""
+        with self._lock:
+            for file in [file for file in self._files if (file + 1) * self.array.rows_per_file <= stop]:
+                del self._files[file]
+
     def _check_range(self, start: int, stop: int) -> None:
         if not 0 <= start <= stop <= self.array.shape[0]:
             raise ValueError(f"Rows of {self.array.key} must lie in [0, {self.array.shape[0]}], got [{start}, {stop}).")

@@ -20,10 +20,12 @@ from numpy.typing import NDArray
 
 from storage.activations import SINK_MULTIPLE, ActivationStore
 from storage.spec import PADDING, SINK, Split
-from storage.streams import Part, Run, Window, WindowPlan, dealt, parts
+from storage.streams import Order, Part, Run, Window, WindowPlan, dealt, parts
 
 if TYPE_CHECKING:
     import torch
+
+    from storage.ring import Consumer
 
 N_STREAMS = 16
 """Default number of streams: divisible by 1, 2, 4, 8 and 16 ranks."""
@@ -47,12 +49,15 @@ class _Prefetch:
         self.loaded: queue.SimpleQueue[_Loaded | BaseException | None] = queue.SimpleQueue()
         self.free: queue.SimpleQueue[NDArray[Any] | None] = queue.SimpleQueue()
         self.stopped = threading.Event()
+        self.starving = threading.Event()
         for _ in range(2):
             self.free.put(None)  # to be allocated when first needed
 
     def next(self) -> _Loaded | None:
         """The next window, None when there is none. Raises what stopped the loader."""
+        self.starving.set()
         window = self.loaded.get()
+        self.starving.clear()
         if isinstance(window, BaseException):
             raise window
         return window
@@ -93,6 +98,7 @@ class ShuffledReader:
         max_same_context: float | None = None,
         epochs: int | None = None,
         start_batch: int = 0,
+        ring: Consumer | None = None,
     ) -> None:
         """Args:
             batch_size: rows of a global batch, over all ranks; a multiple of `n_streams`.
@@ -102,6 +108,8 @@ class ShuffledReader:
             max_same_context: refuse settings whose `expected_same_context` is greater, if a larger window could help.
             epochs: passes over the split; None repeats forever.
             start_batch: number of the first batch to give.
+            ring: read the shards in ascending order as they come, once; `epochs` must be 1. The batches end when fewer
+                than batch_size rows are left.
         Raises: ValueError for settings that cannot work, or if the split is smaller than one batch.
         """
         self.store = store
@@ -111,18 +119,23 @@ class ShuffledReader:
         self.n_streams, self.rank, self.world_size = n_streams, rank, world_size
         self.exclude_sinks, self.sink_multiple, self.epochs = exclude_sinks, sink_multiple, epochs
         self.select = None if select is None else {name: sorted(values) for name, values in select.items()}
+        self.ring = ring
         self._check_settings(start_batch)
         self._take = batch_size // n_streams
         self._streams = range(rank, n_streams, world_size)
-        first, stop = store.spec.split_range(split)
-        self._plan = WindowPlan(first, stop, store.spec.contexts_per_shard, window_contexts, seed)
+        first, stop = store.split_range(split)
+        order: Order = "shuffled" if ring is None else "ring"
+        self._plan = WindowPlan(first, stop, store.spec.contexts_per_shard, window_contexts, seed, order)
+        self._begun: list[tuple[int, int]] = []
         self._d_in, self._dtype = store.spec.hook(hook).d_in, store.spec.hook(hook).element_type
         self._batch = start_batch
-        self._usable = self._count_usable_rows()
-        self.n_rows = int(self._usable.sum())
-        """Rows of one epoch."""
-        self.n_batches = None if epochs is None else epochs * self.n_rows // batch_size
-        """Batches until the end, counted from batch 0; None without end."""
+        self._usable = self._count_usable_rows() if ring is None else None
+        self.n_rows = (
+            self._plan.n_contexts * store.spec.context_length if self._usable is None else int(self._usable.sum())
+        )
+        """Rows of one epoch; of a ring, sinks included, as they are not known before."""
+        self.n_batches = None if epochs is None or ring is not None else epochs * self.n_rows // batch_size
+        """Batches until the end, counted from batch 0; None without end, and for a ring."""
         if not self.n_rows or self.n_batches == 0:
             raise ValueError(
                 f"The split {split!r} of {store.path} must have at least one batch of {batch_size} rows, but "
@@ -141,6 +154,10 @@ class ShuffledReader:
         rows_per_part = max(2.0, rows_per_context * self._plan.least_window / self.n_streams)
         share = min(1.0, (self._take - 1) / (rows_per_part - 1))
         return share * (rows_per_context - 1)
+
+    def first_needed(self, batch: int) -> int:
+        """The first shard of a ring that reading on from a batch needs, for a batch that has been given or is next."""
+        return max((shard for count, shard in self._begun if count <= batch * self.batch_size), default=0)
 
     def state_dict(self) -> dict[str, Any]:
         """JSON values from which `load_state_dict` goes on after the last batch given. The same for every rank."""
@@ -209,8 +226,13 @@ class ShuffledReader:
         """Body of the prefetch thread: loads windows in order, from the one with the first row of `first_batch` on."""
         try:
             with ThreadPoolExecutor(LOADER_THREADS, thread_name_prefix="ShuffledReader") as pool:
-                for window, count in self._windows_from(first_batch * self.batch_size):
+                for window, count in self._windows_from(first_batch * self.batch_size, prefetch):
                     buffer = prefetch.free.get()
+                    if self.ring is not None:
+                        shards = window.shards(self._plan.contexts_per_shard)
+                        self.ring.wait(shards, prefetch.stopped, prefetch.starving)
+                        self.store.forget(window.runs[0].start)
+                        self._begun.append((count, min(shards)))
                     if prefetch.stopped.is_set():
                         return
                     prefetch.loaded.put(self._load(window, count, first_batch * self._take, buffer, pool))
@@ -218,13 +240,15 @@ class ShuffledReader:
         except BaseException as error:  # noqa: BLE001 - it is raised again where the batch is asked for
             prefetch.loaded.put(error)
 
-    def _windows_from(self, row: int) -> Iterator[tuple[Window, int]]:
+    def _windows_from(self, row: int, prefetch: _Prefetch) -> Iterator[tuple[Window, int]]:
         """Windows from the one that holds row `row` of all on, each with the number of rows before it."""
-        epoch = row // self.n_rows
+        epoch = 0 if self.ring is not None else row // self.n_rows
         count = epoch * self.n_rows
         while self.epochs is None or epoch < self.epochs:
             for window in self._plan.windows(epoch):
-                n = int(self._window_usable(window).sum())
+                n = self._window_rows(window, prefetch)
+                if prefetch.stopped.is_set():
+                    return
                 if count + n > row:
                     yield window, count
                 count += n
@@ -281,10 +305,16 @@ class ShuffledReader:
             usable &= self.store.select(self.select, run.start, run.stop)
         return usable
 
-    def _window_usable(self, window: Window) -> NDArray[np.int64]:
-        """Usable rows of each context of a window."""
-        first = self._plan.first
-        return np.concatenate([self._usable[run.start - first : run.stop - first] for run in window.runs])
+    def _window_rows(self, window: Window, prefetch: _Prefetch) -> int:
+        """Usable rows of a window; of a ring, as soon as they are known."""
+        if self._usable is not None:
+            first = self._plan.first
+            return sum(int(self._usable[run.start - first : run.stop - first].sum()) for run in window.runs)
+        assert self.ring is not None
+        self.ring.wait_known(window.shards(self._plan.contexts_per_shard), prefetch.stopped, prefetch.starving)
+        if prefetch.stopped.is_set():
+            return 0
+        return sum(int(self._usable_mask(run).sum()) for run in window.runs)
 
     def _count_usable_rows(self) -> NDArray[np.int64]:
         """Usable rows of each context of the split."""
@@ -303,7 +333,9 @@ class ShuffledReader:
             *("hook", "split", "batch_size", "seed", "window_contexts", "n_streams"),
             *("exclude_sinks", "sink_multiple", "select"),
         )
-        return {"fingerprint": self.store.spec.fingerprint} | {name: getattr(self, name) for name in names}
+        return {"fingerprint": self.store.spec.fingerprint, "order": self._plan.order} | {
+            name: getattr(self, name) for name in names
+        }
 
     def _check_settings(self, start_batch: int) -> None:
         problems = []
@@ -324,6 +356,8 @@ class ShuffledReader:
             problems.append(f"seed must not be negative, got {self.seed}")
         if self.epochs is not None and self.epochs < 1:
             problems.append(f"epochs must be at least 1 or None, got {self.epochs}")
+        if self.ring is not None and self.epochs != 1:
+            problems.append(f"epochs must be 1 for a ring, which is read once, got {self.epochs}")
         if start_batch < 0:
             problems.append(f"start_batch must not be negative, got {start_batch}")
         if problems:

@@ -29,7 +29,7 @@ FLAGS = "flags"
 """Name of the extra table whose bits `BOS`, `PADDING` and `SPECIAL` a store understands."""
 STORED_DTYPE: Mapping[str, str] = {"bfloat16": "uint16", "float16": "float16", "float32": "float32"}
 """Element type in which rows are read, and stored unless quantised. Zarr v3 has no bfloat16: uint16 holds its bits."""
-BOS, PADDING, SPECIAL, SINK = 1, 2, 4, 8
+BOS, PADDING, SPECIAL, SINK, DELETED = 1, 2, 4, 8, 16
 """Bits of `ActivationStore.mask`: first token of a text, filler without meaning, other special token, attention sink.
 The first three are those of the table `flags`; a store without it has none of them."""
 

@@ -21,11 +21,12 @@ from numpy.typing import NDArray
 from storage.backends import Backend, Buffer, as_bytes, backend_for
 from storage.commits import Attempt, Commit, CommitLog
 from storage.encoding import CHECKSUM_BYTES, compress, crc32c, encode_index, fill_value, stored_as, to_float32
-from storage.errors import AlreadyExistsError, CorruptionError, NotFoundError, SpecMismatchError
+from storage.errors import AlreadyExistsError, CorruptionError, FormatError, NotFoundError, SpecMismatchError
 from storage.layout import (
     COMMITS,
     KEEP,
     RESERVED,
+    RING,
     SPEC,
     STAGING,
     TABLES,
@@ -184,14 +185,17 @@ class ActivationWriter:
         return self._receipt(commit, written=won)
 
     def seal(self) -> None:
-        """Declares the store complete, with the statistics of all shards merged. Readers open sealed stores.
+        """Declares the store complete, with the statistics of its shards merged (of a ring, those of its retained
+        training shards). Readers open sealed stores.
 
         Raises: IncompleteError listing the missing shards; CorruptionError if a committed file is gone or has another
             size.
         """
         self._log.recover()
         self._log.require_complete()
-        self._log.seal({"statistics": merged_statistics(self._log, self.spec)})
+        first = read_first_retained(self._backend)
+        shards = None if first is None else retained_train_shards(self.spec, first)
+        self._log.seal({"statistics": merged_statistics(self._log, self.spec, shards)})
 
     def unseal(self) -> None:
         """Withdraws the seal; `seal` sets it again."""
@@ -316,10 +320,10 @@ def _compressed(chunks: Iterator[NDArray[Any]]) -> Iterator[bytes]:
             yield under_way.popleft().result()
 
 
-def merged_statistics(log: CommitLog, spec: StoreSpec) -> dict[str, Any]:
-    """Statistics per hook over all committed shards, in JSON form."""
+def merged_statistics(log: CommitLog, spec: StoreSpec, shards: Iterable[int] | None = None) -> dict[str, Any]:
+    """Statistics per hook over the committed ones of the given shards, by default of all, in JSON form."""
     parts: dict[str, list[Statistics]] = {hook.name: [] for hook in spec.hooks}
-    for shard in log.committed():
+    for shard in log.committed() if shards is None else shards:
         commit = log.read(shard)
         for name in parts:
             if commit is not None:
@@ -342,6 +346,24 @@ def read_spec(backend: Backend) -> StoreSpec:
     spec = StoreSpec.from_json(parse_json_object(data, backend.location(SPEC)), where=backend.location(SPEC))
     require_canonical(data, spec.to_json(), backend.location(SPEC))
     return spec
+
+
+def read_first_retained(backend: Backend) -> int | None:
+    """The shard from which on a ring deletes nothing; None if the store is not a ring (see `ring`)."""
+    try:
+        data = backend.read(RING)
+    except NotFoundError:
+        return None
+    value = parse_checked_json(data, backend.location(RING))
+    first = value.get("first_retained")
+    if not isinstance(first, int) or first < 0:
+        raise FormatError(f"{backend.location(RING)} must have a whole number `first_retained`, got {first!r}.")
+    return first
+
+
+def retained_train_shards(spec: StoreSpec, first_retained: int) -> range:
+    """Shards of a ring that hold training contexts and stay: its statistics are theirs."""
+    return range(first_retained, -(-spec.n_train_contexts // spec.contexts_per_shard))
 
 
 def _checked_tables(given: Mapping[str, NDArray[np.integer[Any]]], spec: StoreSpec) -> dict[str, NDArray[Any]]:

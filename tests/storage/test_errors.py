@@ -26,7 +26,8 @@ def test_public_surface_is_what_the_docs_name() -> None:
     assert set(storage.__all__) == {
         *("ActivationStore", "ActivationWriter", "Contexts", "Receipt", "ShuffledReader", "Statistics"),
         *("LatentBlock", "LatentStore", "LatentWriter", "Problem", "verify", "HookSpec", "StoreSpec", "zarr_name"),
-        *("Repair", "repair", "TableSpec", "Span", "BOS", "PADDING", "SPECIAL", "SINK"),
+        *("Repair", "repair", "TableSpec", "Span", "BOS", "PADDING", "SPECIAL", "SINK", "DELETED"),
+        *("Ring", "Consumer", "ring_sidecar"),
         *("StorageError", "NotFoundError", "AlreadyExistsError", "FormatError", "SpecMismatchError"),
         *("CorruptionError", "IncompleteError"),
     }
