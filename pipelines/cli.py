@@ -161,6 +161,30 @@ def _quiet_libraries() -> None:
 
 @app.command()
 @told_plainly
+def plan(
+    config: ConfigArgument,
+    out: OutOption = None,
+    set_: SetOption = None,
+    calibrate: Annotated[
+        bool, typer.Option(help="Measure speeds here for some seconds; off reads the model's settings alone.")
+    ] = True,
+    like: Annotated[
+        Path | None, typer.Option("--like", help="A finished run whose speeds to take instead of measuring.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Tokens, bytes, hours and workers before anything starts; exit 1 if the disk is too small."""
+    _quiet_libraries()
+    from pipelines.plan import make_plan, plan_text, require_room
+
+    opened = _open(config, out, set_ or [])
+    made = make_plan(opened.config, opened.dir, calibrate=calibrate, like=like)
+    print(plan_text(made, as_json))
+    require_room(made)
+
+
+@app.command()
+@told_plainly
 def info(
     path: Annotated[str, typer.Argument(help="A store (also a URL), a dictionary or a run directory.")],
     as_json: JsonOption = False,
@@ -182,6 +206,9 @@ def verify(
     store: Annotated[
         str, typer.Argument(help="An activation store (also a URL), or a folder below latents/ of a run.")
     ],
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Look at names and sizes only; do not re-read the data.")
+    ] = False,
     repair: Annotated[
         bool, typer.Option("--repair", help="Discard damaged shards, so that the next `sae collect` redoes them.")
     ] = False,
@@ -194,13 +221,14 @@ def verify(
         return
     from pipelines.info import store_problems
 
-    problems = store_problems(where)
+    problems = store_problems(where, quick=quick)
     if as_json:
         print(json.dumps(problems, indent=2))
     else:
         for problem in problems:
             print(f"{problem['file']}: {problem['detail']}")
-        print(f"{store}: {len(problems)} problems" if problems else f"{store}: every file is as it was committed")
+        sound = "every file is there, with its size" if quick else "every file is as it was committed"
+        print(f"{store}: {len(problems)} problems" if problems else f"{store}: {sound}")
         sealed = has(where, "seal.json")  # if not, an uncommitted shard is only missing
         if any(problem["shard"] is not None and (sealed or problem["kind"] != "not committed") for problem in problems):
             print(f"`sae verify {store} --repair` discards the damaged shards, so that they can be redone")

@@ -7,6 +7,7 @@ hook and commit them. A killed worker, node or driver loses at most the shards i
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from pipelines.config import RunConfig
@@ -19,10 +20,10 @@ from pipelines.rundir import RunDir
 from pipelines.sources import locate
 from pipelines.stores import StorePlace, has, place
 from pipelines.tokenising import TextTokenizer
-from pipelines.tokens import TABLES, plan_tokens
+from pipelines.tokens import TABLES, Packed, plan_tokens
 from storage import ActivationStore, ActivationWriter, HookSpec, IncompleteError, Receipt, StoreSpec
 
-__all__ = ["Harvester", "collect", "hook_widths", "open_store", "prepare_store", "store_path"]
+__all__ = ["Harvester", "collect", "hook_widths", "open_store", "pack_texts", "prepare_store", "store_path"]
 
 
 def store_path(config: RunConfig, run: RunDir) -> StorePlace:
@@ -85,7 +86,7 @@ def prepare_store(config: RunConfig, run: RunDir, resolved: ResolvedModel, ui: R
     """
     path = store_path(config, run)
     widths = hook_widths(config, resolved)
-    packed = plan_tokens(config.text, config.collect, text_tokenizer(config, resolved), config.seed, ui=ui)
+    packed = pack_texts(config, resolved, ui=ui)
     spec = StoreSpec(
         n_contexts=len(packed.tokens),
         context_length=config.collect.context_length,
@@ -124,6 +125,13 @@ def prepare_store(config: RunConfig, run: RunDir, resolved: ResolvedModel, ui: R
         tables=packed.tables,
         sidecars={DOCUMENTS_FILE: packed.documents.to_parquet(), SPANS_FILE: packed.spans.to_parquet()},
     )
+
+
+def pack_texts(
+    config: RunConfig, resolved: ResolvedModel, *, ui: Reporter | None = None, cache: Path | None = None
+) -> Packed:
+    """Choose, tokenise and pack the documents; `cache` is the folder of tokenised sources, if not the usual one."""
+    return plan_tokens(config.text, config.collect, text_tokenizer(config, resolved), config.seed, cache=cache, ui=ui)
 
 
 def stored_hook(config: RunConfig, name: str, d_in: int) -> HookSpec:

@@ -2,31 +2,40 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipelines.errors import UsageError
 from pipelines.stores import StorePlace, has
 
+if TYPE_CHECKING:
+    from storage import StoreSpec
+
 
 def describe(path: StorePlace) -> dict[str, Any]:
-    """Facts about an activation store, a dictionary folder or a run directory.
+    """Facts about an activation store, a latent store, a dictionary folder or a run directory.
 
     Raises:
         UsageError: the path is none of them.
     """
-    if has(path, "spec.json"):
-        return _describe_store(path)
+    kind = _kind_of_store(path)
+    if kind is not None:
+        return _describe_store(path) if kind == "spec.json" else _describe_latents(path)
     if isinstance(path, str):
-        raise UsageError(f"{path} is not an activation store: it has no spec.json")
+        raise UsageError(f"{path} is not a store: it has neither spec.json (activations) nor meta.json (latents)")
     if (path / "cfg.json").exists():
         return _describe_dictionary(path)
     if (path / "config.yaml").exists():
         return _describe_run(path)
-    raise UsageError(f"{path} is not a store (spec.json), a dictionary (cfg.json) or a run directory (config.yaml)")
+    raise UsageError(
+        f"{path} is not a store (spec.json or meta.json), a dictionary (cfg.json) or a run directory (config.yaml)"
+    )
 
 
-def store_problems(path: StorePlace) -> list[dict[str, Any]]:
+def store_problems(path: StorePlace, *, quick: bool = False) -> list[dict[str, Any]]:
     """What is wrong with the files of an activation or latent store.
+
+    Args:
+        quick: names and sizes only, without re-reading the data.
 
     Raises:
         UsageError: there is no store.
@@ -34,13 +43,27 @@ def store_problems(path: StorePlace) -> list[dict[str, Any]]:
     require_store(path)
     from storage import verify
 
-    return [asdict(problem) for problem in verify(path)]
+    return [asdict(problem) for problem in verify(path, fast=quick)]
 
 
 def require_store(path: StorePlace) -> None:
     """Raise UsageError unless the path looks like a store."""
-    if not has(path, "spec.json") and not has(path, "meta.json"):
+    if _kind_of_store(path) is None:
         raise UsageError(f"{path} is not a store: it has neither spec.json (activations) nor meta.json (latents)")
+
+
+def _kind_of_store(path: StorePlace) -> str | None:
+    """The file that tells which kind of store is there."""
+    return next((name for name in ("spec.json", "meta.json") if has(path, name)), None)
+
+
+def store_bytes(spec: "StoreSpec") -> int:
+    """Bytes of all arrays of a complete store; of compressed ones the most that they can be."""
+    from storage.layout import shard_arrays, table_array
+
+    arrays = [table_array(spec, name) for name in spec.table_dtypes]
+    arrays += [array for hook in spec.hooks for array in shard_arrays(spec, hook)]
+    return sum((array.n_files - 1) * array.file_bytes(0) + array.file_bytes(array.n_files - 1) for array in arrays)
 
 
 def _describe_store(path: StorePlace) -> dict[str, Any]:
@@ -56,6 +79,8 @@ def _describe_store(path: StorePlace) -> dict[str, Any]:
         "contexts": f"{spec.n_contexts} of {spec.context_length} tokens, {spec.n_train_contexts} for training",
         "shards": f"{spec.n_shards - len(missing)} of {spec.n_shards}",
         "sealed": sealed,
+        "bytes": store_bytes(spec),
+        "tables": list(spec.table_dtypes),
         "provenance": spec.provenance,
     }
     for hook in spec.hooks:
@@ -72,6 +97,27 @@ def _describe_store(path: StorePlace) -> dict[str, Any]:
                 facts[hook.name] += f", relative squared error {statistics.relative_error:.3g}"
             if statistics.n_nan or statistics.n_inf:
                 facts[hook.name] += f", {statistics.n_nan:,} NaN and {statistics.n_inf:,} infinite elements"
+    return facts
+
+
+def _describe_latents(path: StorePlace) -> dict[str, Any]:
+    from storage.backends import backend_for
+    from storage.latents import latent_commit_log, read_meta
+
+    backend = backend_for(path)
+    meta = read_meta(backend)
+    log, sealed = latent_commit_log(backend, meta), has(path, "seal.json")
+    facts: dict[str, Any] = {
+        "kind": "latent store",
+        "fingerprint": meta["fingerprint"],
+        "tokens": meta["n_rows"],
+        "d_sae": meta["d_sae"],
+        "shards": f"{len(log.committed())} of {log.n_shards}",
+        "sealed": sealed,
+    }
+    if sealed:
+        entries = int(log.read_seal()["n_entries"])
+        facts |= {"active latents": entries, "a token": round(entries / max(1, int(meta["n_rows"])), 3)}
     return facts
 
 

@@ -88,6 +88,20 @@ def resolve_model(config: ModelConfig) -> ResolvedModel:
     return ResolvedModel(folder, source, digest, _settings_digest(folder), sha256_of(tokenizer), revision)
 
 
+def resolve_settings(config: ModelConfig) -> ResolvedModel:
+    """As `resolve_model`, but only as far as the model's config.json: no weights are fetched, read or hashed.
+
+    The digests are empty. A GGUF file that was not converted yet is converted, since its settings are inside of it.
+
+    Raises:
+        UsageError: no such model.
+    """
+    if config.source.startswith(PACKAGE_SCHEME) or config.source.endswith(".gguf"):
+        return resolve_model(config)
+    folder, revision = _hub_folder(config, weights=False)
+    return ResolvedModel(folder, config.source, "", "", "", revision)
+
+
 def _settings_digest(folder: Path) -> str:
     """Equal for folders that describe the same network: who saved config.json, and with which version, is left out."""
     file = folder / "config.json"
@@ -107,7 +121,7 @@ def _joint_digest(files: Sequence[Path]) -> str:
     return hashlib.sha256("".join(sha256_of(file) for file in files).encode()).hexdigest()
 
 
-def _hub_folder(config: ModelConfig) -> tuple[Path, str | None]:
+def _hub_folder(config: ModelConfig, *, weights: bool = True) -> tuple[Path, str | None]:
     local = Path(config.source).expanduser()
     if local.is_dir():
         if not (local / "config.json").is_file():
@@ -120,7 +134,8 @@ def _hub_folder(config: ModelConfig) -> tuple[Path, str | None]:
         folder = snapshot_download(
             config.source,
             revision=config.revision,
-            allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+            allow_patterns=["*.json", "*.txt", "*.model", "*.jinja"]
+            + (["*.safetensors"] if weights else [])
             + (["*.py"] if config.trust_remote_code else []),
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

@@ -55,7 +55,7 @@ def train_worker(
     n_steps = train.n_tokens // train.batch_size
     sample = _sample(store, job, CALIBRATION_TOKENS // 16)
     trainer = Trainer(
-        build(_sae_config(job.spec, d_in), seed=job.seed),
+        build(sae_config(job.spec, d_in), seed=job.seed),
         TrainerConfig(
             lr=train.lr,
             warmup_fraction=train.warmup_fraction,
@@ -112,7 +112,8 @@ def _finish(trainer: Trainer, store: ActivationStore, job: TrainJob) -> None:
     )
 
 
-def _sae_config(spec: SAESpec, d_in: int) -> BatchTopKConfig | TopKConfig:
+def sae_config(spec: SAESpec, d_in: int) -> BatchTopKConfig | TopKConfig:
+    """The SAE that a config's entry asks for."""
     d_sae = spec.d_sae or round(spec.expansion_factor * d_in)
     if spec.architecture == "batchtopk":
         return BatchTopKConfig(d_in=d_in, d_sae=d_sae, k=spec.k)

@@ -68,7 +68,7 @@ def finished(run):
 # -- help --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["verify", "--help"], ["init", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["plan", "--help"], ["verify", "--help"], ["init", "--help"]])
 def test_help_imports_nothing_heavy(arguments):
     code = f"""
 import sys, sae_pipelines_entry
@@ -88,7 +88,7 @@ print("heavy:", [name for name in {HEAVY!r} if name in sys.modules])
 def test_help_lists_every_stage():
     result = sae("--help")
     assert result.exit_code == 0
-    for stage in ("run", *STAGES, "info", "verify", "init"):
+    for stage in ("run", *STAGES, "plan", "info", "verify", "init"):
         assert f"  {stage} " in result.stdout
 
 
@@ -209,6 +209,8 @@ def test_info_of_a_store(collected, store):
     assert told["fingerprint"] == store.spec.fingerprint
     assert told["shards"] == f"{store.spec.n_shards} of {store.spec.n_shards}"
     assert told["sealed"] is True
+    arrays = (path for path in (collected.dir.store_path / "data.zarr").rglob("c/**/*") if path.is_file())
+    assert told["bytes"] == sum(path.stat().st_size for path in arrays)
     assert told["model.layers.1"].startswith("d_in 32, bfloat16, median norm ")
     assert "kind             activation store" in sae("info", collected.dir.store_path).stdout
 
@@ -254,7 +256,9 @@ def test_info_of_a_run(finished):
 
 def test_info_of_anything_else_says_what_it_looks_for(tmp_path):
     message = one_sentence(sae("info", tmp_path / "nothing"), 2)
-    assert "is not a store (spec.json), a dictionary (cfg.json) or a run directory (config.yaml)" in message
+    assert (
+        "is not a store (spec.json or meta.json), a dictionary (cfg.json) or a run directory (config.yaml)" in message
+    )
 
 
 def test_info_of_a_damaged_dictionary(run):
@@ -283,6 +287,19 @@ def test_verify_names_the_file_with_a_flipped_byte(collected, tmp_path):
     assert f"{store}: 1 problem" in result.stdout
     [problem] = json.loads(sae("verify", store, "--json").stdout)
     assert (problem["file"], problem["kind"]) == (name, "wrong digest")
+
+
+def test_quick_verify_sees_sizes_but_does_not_read_the_data(collected, tmp_path):
+    store = Path(shutil.copytree(collected.dir.store_path, tmp_path / "store"))
+    shard = max((path for path in store.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    assert sae("verify", store, "--quick").stdout == f"{store}: every file is there, with its size\n"
+    shard.write_bytes(data[:-1])
+    result = sae("verify", store, "--quick", "--json")
+    assert result.exit_code == 1
+    assert [problem["kind"] for problem in json.loads(result.stdout)] == ["wrong size"]
 
 
 def test_verify_of_no_store_is_bad_usage(tmp_path):

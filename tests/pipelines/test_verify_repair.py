@@ -139,6 +139,8 @@ def test_latent_store_is_verified_and_its_damaged_pieces_are_for_label_to_redo(r
     for arguments in ([], ["--repair"]):
         assert "every file is as it was committed" in sae_here("verify", path, *arguments).stdout
     assert run.finished("label")
+    told = json.loads(sae_here("info", path, "--json").stdout)
+    assert (told["kind"], told["shards"], told["sealed"], told["active latents"]) == ("latent store", "2 of 2", True, 8)
     flip_a_byte(path / "pieces/000001/value.npy")
     told = sae_here("verify", path)
     assert told.returncode == 1
