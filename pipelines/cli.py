@@ -251,9 +251,12 @@ def _repair(store: StorePlace, as_json: bool) -> None:
 @told_plainly
 def init(
     model: Annotated[str, typer.Option(help="Hugging Face id, folder or .gguf file.")],
-    hook: Annotated[str, typer.Option(help="Module path, such as model.layers.8.")],
+    hook: Annotated[
+        str,
+        typer.Option(help="Module path, such as model.layers.8; model.layers.8.mlp:input is what that module reads."),
+    ],
     text: Annotated[
-        str, typer.Option(help="Text file (.txt, .jsonl, .parquet) or Hugging Face dataset id.")
+        str, typer.Option(help="Text file (.txt, .jsonl, .parquet), a folder of them, or Hugging Face dataset id.")
     ] = "texts.txt",
     path: Annotated[Path, typer.Option("--to", help="Where to write the config.")] = Path("sae.yaml"),
 ) -> None:

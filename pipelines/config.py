@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from pipelines.errors import UsageError
+from pipelines.selection import Selection, selection_of
 from pipelines.yamlfiles import load_yaml
 
 DOCUMENT_COLUMNS = frozenset({"id", "source", "title", "topic", "split", "n_tokens", "text"})
@@ -197,6 +198,22 @@ class SAESpec(Section):
     """Active latents a token (on average, for batchtopk)."""
 
 
+class SelectConfig(Section):
+    """Which tokens a stage works on: those that fit every line that is given."""
+
+    source: tuple[str | int, ...] | None = None
+    """Text sources, by id, path, data set or position in `text`."""
+    role: tuple[str, ...] | None = None
+    """text (of plain texts), system, user, assistant, tool, template (what the chat template adds)."""
+    turn: tuple[int, ...] | None = None
+    """Positions of messages in their chats, from 0."""
+
+    @field_validator("source", "role", "turn", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str | int) else value
+
+
 class TrainConfig(Section):
     """Optimisation; one set for all SAEs of the run."""
 
@@ -229,6 +246,8 @@ class TrainConfig(Section):
     """Streams that each batch takes equally many rows of: `batch_size` is a multiple of it, and it of `num_workers`."""
     max_same_context: float = Field(8.0, gt=0)
     """Most other tokens of its own context that a token may meet in a batch, on average; more is refused."""
+    select: SelectConfig | None = None
+    """Train on these tokens only."""
 
 
 class SinkConfig(Section):
@@ -259,6 +278,8 @@ class EvaluateConfig(Section):
     tokens."""
     batch_contexts: int = Field(4, gt=0)
     """Contexts a forward pass."""
+    select: SelectConfig | None = None
+    """Figures are over these tokens only, and over predictions made at them."""
 
 
 class LabelConfig(Section):
@@ -268,6 +289,8 @@ class LabelConfig(Section):
     """Off leaves the dictionary without labels."""
     min_detection: float = Field(0.6, ge=0.5, lt=1)
     """A label counts when its held-out balanced accuracy has a 95 % lower bound above this; 0.5 is chance."""
+    select: SelectConfig | None = None
+    """Rules are fitted to and tested on these tokens only."""
 
 
 class AuditConfig(Section):
@@ -283,6 +306,8 @@ class AuditConfig(Section):
     """Latents that go on from discovery to confirmation."""
     max_tokens: int = Field(256, gt=0)
     """Longest example, in tokens; longer ones are cut and counted."""
+    select: SelectConfig | None = None
+    """Documents of the corpus count with these tokens only; the texts of concept files are plain."""
 
 
 class RayConfig(Section):
@@ -347,7 +372,16 @@ class RunConfig(Section):
         for name, sae in self.saes.items():
             if sae.hook is not None and sae.hook not in self.hooks:
                 raise ValueError(f"saes.{name}.hook is {sae.hook!r}, which is not in `hooks`: {list(self.hooks)}")
+        for stage in ("train", "evaluate", "label", "audit"):
+            try:
+                self.selection(stage)
+            except ValueError as error:
+                raise ValueError(f"{stage}.select: {error}") from error
         return self
+
+    def selection(self, stage: str) -> Selection:
+        """Codes of the tokens that the stage `train`, `evaluate`, `label` or `audit` works on."""
+        return selection_of(getattr(getattr(self, stage), "select", None), self.text)
 
     def hook_of(self, sae: str) -> str:
         """The hook that the SAE `sae` reads."""

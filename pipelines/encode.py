@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pipelines.models import LanguageModel
 from pipelines.progress import Bar
+from pipelines.selection import Selection, kept
 from sae import Dictionary
 from storage import ActivationStore
 from storage.spec import Split
@@ -82,15 +83,22 @@ def encode_texts(
 
 
 def pool_documents(
-    store: ActivationStore, dictionary: Dictionary, *, split: Split, sink_multiple: float, bar: Bar | None = None
+    store: ActivationStore,
+    dictionary: Dictionary,
+    *,
+    split: Split,
+    sink_multiple: float,
+    bar: Bar | None = None,
+    selection: Selection | None = None,
 ) -> tuple[NDArray[np.int64], Pooled]:
     """Pool the stored activations by document: rows of the documents that have counted tokens, and their pools."""
+    hook = dictionary.required_hook_name
     start, stop = store.spec.split_range(split)
     best: dict[int, tuple[Tensor, Tensor, int]] = {}
     for context in range(start, stop):
         document = torch.from_numpy(store.contexts(context, context + 1).document[0].astype(np.int64))
-        x = store.activations(dictionary.required_hook_name, context, context + 1)[0].float()
-        keep = ~torch.from_numpy(store.sink_mask(dictionary.required_hook_name, context, context + 1, sink_multiple)[0])
+        x = store.activations(hook, context, context + 1)[0].float()
+        keep = torch.from_numpy(kept(store, hook, context, context + 1, sink_multiple, selection)[0])
         latents = dictionary.encode(x)
         for row in torch.unique(document[keep]).tolist():
             here = keep & (document == row)

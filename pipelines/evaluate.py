@@ -20,6 +20,7 @@ from pipelines.errors import RunError
 from pipelines.models import LanguageModel, resolve_model
 from pipelines.progress import Bar, Reporter
 from pipelines.rundir import RunDir
+from pipelines.selection import Selection, kept, selected
 from sae import Dictionary
 from sae.hooks import replace_activations
 from sae.metrics import FVU, L0, ActivationFrequency
@@ -36,27 +37,47 @@ def evaluate(config: RunConfig, run: RunDir, ui: Reporter) -> dict[str, dict[str
     for name in config.saes:
         dictionary = load_trained(run, name)
         with ui.stage("evaluate", total=total, unit="tokens") as bar:
-            multiple = config.sinks.multiple
+            multiple, selection = config.sinks.multiple, config.selection("evaluate")
             figures[name] = evaluate_reconstruction(
-                store, dictionary, sink_multiple=multiple, bar=bar
-            ) | evaluate_splice(lm, store, dictionary.to(lm.device), config.evaluate, sink_multiple=multiple, bar=bar)
+                store, dictionary, sink_multiple=multiple, bar=bar, selection=selection
+            ) | evaluate_splice(
+                lm,
+                store,
+                dictionary.to(lm.device),
+                config.evaluate,
+                sink_multiple=multiple,
+                bar=bar,
+                selection=selection,
+            )
         run.update_metrics(name, figures[name])
     return figures
 
 
 def evaluate_reconstruction(
-    store: ActivationStore, dictionary: Dictionary, *, sink_multiple: float, bar: Bar
+    store: ActivationStore,
+    dictionary: Dictionary,
+    *,
+    sink_multiple: float,
+    bar: Bar,
+    selection: Selection | None = None,
 ) -> dict[str, Any]:
-    """FVU, L0, dead latents and activation frequencies on all held-out tokens of the store."""
+    """FVU, L0, dead latents and activation frequencies on all held-out tokens of the store, or on the selected ones.
+
+    Raises:
+        RunError: none is selected.
+    """
     hook = dictionary.required_hook_name
     start, stop = store.spec.split_range("heldout")
     fvu, fvu_all, l0, l0_all = FVU(dictionary.d_in), FVU(dictionary.d_in), L0(), L0()
     frequency = ActivationFrequency(dictionary.d_sae)
     step = max(1, 4096 // store.spec.context_length)
+    n_all = 0
     for low in range(start, stop, step):
         high = min(low + step, stop)
-        x = store.activations(hook, low, high).flatten(0, 1).float()
-        keep = ~torch.from_numpy(store.sink_mask(hook, low, high, sink_multiple)).flatten()
+        chosen = torch.from_numpy(selected(store, low, high, selection)).flatten()
+        x = store.activations(hook, low, high).flatten(0, 1).float()[chosen]
+        keep = torch.from_numpy(kept(store, hook, low, high, sink_multiple, selection)).flatten()[chosen]
+        n_all += len(x)
         with torch.inference_mode():
             latents = dictionary.encode(x)
             x_hat = dictionary.decode(latents)
@@ -65,7 +86,9 @@ def evaluate_reconstruction(
         fvu.update(x[keep], x_hat[keep])
         l0.update(latents[keep])
         frequency.update(latents[keep])
-        bar.advance(len(x))
+        bar.advance((high - low) * store.spec.context_length)
+    if not frequency.n_tokens:
+        raise RunError("evaluate found no held-out token to count: correct evaluate.select, or collect more documents")
     histogram, edges = frequency.log10_histogram()
     return {
         "fvu": fvu.compute(),
@@ -75,7 +98,7 @@ def evaluate_reconstruction(
         "dead_share": frequency.dead_share(),
         "n_latents": dictionary.d_sae,
         "n_heldout_tokens": int(frequency.n_tokens),
-        "n_heldout_tokens_all": (stop - start) * store.spec.context_length,
+        "n_heldout_tokens_all": n_all,
         "activation_frequency_log10_edges": [round(float(edge), 6) for edge in edges],
         "activation_frequency_counts": [int(count) for count in histogram],
     }
@@ -113,8 +136,9 @@ def evaluate_splice(
     *,
     sink_multiple: float,
     bar: Bar,
+    selection: Selection | None = None,
 ) -> dict[str, Any]:
-    """CE and KL scores on held-out contexts.
+    """CE and KL scores on held-out contexts; only predictions made at selected tokens count.
 
         ce_loss_score = (CE_zero - CE_spliced) / (CE_zero - CE_clean)
         kl_div_score  = 1 - KL(clean‖spliced) / KL(clean‖zero)
@@ -135,7 +159,8 @@ def evaluate_splice(
         spans = torch.from_numpy(contexts.position).long().to(lm.device)
         position = spans if isolate else torch.arange(tokens.shape[1], device=lm.device).expand_as(tokens)
         sinks = torch.from_numpy(store.sink_mask(dictionary.required_hook_name, low, high, sink_multiple)).to(lm.device)
-        target, counted_all = tokens[:, 1:], spans[:, 1:] > 0
+        chosen = torch.from_numpy(selected(store, low, high, selection)).to(lm.device)
+        target, counted_all = tokens[:, 1:], (spans[:, 1:] > 0) & chosen[:, :-1]
         counted = counted_all & ~sinks[:, :-1]
         clean = _log_probabilities(lm, tokens, position, dictionary, "keep", sinks)
         sums["clean"].add(clean, clean, target, counted)
@@ -177,7 +202,7 @@ def _scores(sums: dict[str, _Sums], n_tokens: int) -> dict[str, Any]:
         if n == 0:
             raise RunError(
                 "evaluate found no prediction to count: the held-out contexts hold only sinks or one-token documents; "
-                "raise evaluate.n_ce_tokens or collect longer documents"
+                "raise evaluate.n_ce_tokens, collect longer documents, or correct evaluate.select"
             )
         ce = {kind: sums[kind + suffix].ce / n for kind in ("clean", "splice", "zero")}
         kl = {kind: sums[kind + suffix].kl / n for kind in ("splice", "zero")}

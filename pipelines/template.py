@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 _TEMPLATE = """\
 # A sae-pipelines run. Every key that is not here has a default; `sae run` writes all of them to config.yaml in the run
@@ -18,11 +19,20 @@ model:
   # revision: main        # pin a commit for results that others can repeat
   dtype: bfloat16         # of the forward pass and of the stored activations
 
-text:                     # a list of weighted sources
+text:                     # a list of weighted sources; `weight` is each one's share of the tokens
 {text}
+    # messages_field: messages       in place of text_field: chats, [{{role, content}}, …], through the chat template
+    # tokens_field: input_ids        in place of text_field: token ids of this model's tokenizer
+    # topic_field: topic             topics are mixed evenly, and can be audited
+    # columns: [url, licence]        kept in documents.parquet
 
 hooks:                    # module paths, `:output` by default; several are collected in one forward pass
   - {hook}
+  # In a Llama-like model, N being the layer:
+  #   model.layers.N                                   residual stream after the layer
+  #   model.layers.N.post_attention_layernorm:input    residual stream between attention and MLP
+  #   model.layers.N.mlp:input, model.layers.N.mlp     what the MLP reads and what it writes
+  #   model.layers.N.self_attn.o_proj:input            attention heads, one after another, before they are mixed
 
 collect:
   n_tokens: 10_000_000    # 2 * d_in bytes each in bfloat16
@@ -44,6 +54,7 @@ train:
   lr: 1e-3
   num_workers: 1
   use_gpu: false
+  # select: {{role: [assistant]}}   train on these tokens only; by source, role or turn; evaluate, label and audit too
 
 audit:
   concepts: [deception, violence, privacy]   # shipped names, or paths of concept files
@@ -54,7 +65,8 @@ def commented_config(model: str, hook: str, text: str, file: str = "sae.yaml") -
     """A config for a model, a hook and a text, with a comment beside each choice."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", model.rstrip("/").rpartition("/")[2]).strip("-.") or "run"
     # JSON strings are YAML strings: names with colons or quotes stay what they are.
-    if re.search(r"\.(txt|jsonl|json|parquet)$", text) or text.startswith("package://"):
+    is_path = re.search(r"\.(txt|jsonl|json|parquet)$", text) or text.startswith("package://") or Path(text).is_dir()
+    if is_path:
         source = f"  - path: {json.dumps(text)}\n    text_field: text"
     else:
         source = f"  - dataset: {json.dumps(text)}  # needs the extra `hub`\n    split: train\n    text_field: text"

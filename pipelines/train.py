@@ -55,6 +55,7 @@ def make_job(config: RunConfig, run: RunDir, name: str, store: ActivationStore) 
         checkpoints=str(run.checkpoints(name).resolve()),
         output=str(run.trained(name).resolve()),
         provenance=dictionary_provenance(config, store, config.hook_of(name)),
+        selection=config.selection("train"),
     )
 
 

@@ -6,7 +6,7 @@ Knows no Ray: `pipelines.train` runs it under Ray Train, and a test may call it 
 import json
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from pipelines.config import SAESpec, SinkConfig, TrainConfig
 from pipelines.dictionaries import saelens_metadata
 from pipelines.rundir import now, write_text
+from pipelines.selection import Selection, kept, selected
 from sae import BatchTopKConfig, Dictionary, StepMetrics, TopKConfig, Trainer, TrainerConfig, build
 from sae.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from sae.normalise import fit_normaliser
@@ -42,6 +43,8 @@ class TrainJob:
     checkpoints: str
     output: str
     provenance: dict[str, Any]
+    selection: Selection = field(default_factory=dict)
+    """Tokens to train on, as codes of the store's tables."""
 
 
 def train_worker(
@@ -85,6 +88,7 @@ def train_worker(
         world_size=world_size,
         exclude_sinks=not job.sinks.train_on_them,
         sink_multiple=job.sinks.multiple,
+        select=job.selection or None,
         start_batch=trainer.step,
     )
     with nullcontext() if rank else _Metrics(checkpoints / METRICS_FILE, trainer.step) as metrics:
@@ -121,18 +125,19 @@ def sae_config(spec: SAESpec, d_in: int) -> BatchTopKConfig | TopKConfig:
 
 
 def _calibration(store: ActivationStore, job: TrainJob, n_tokens: int) -> Iterator[Tensor]:
-    """Training tokens in store order (contexts are already shuffled), sinks left out as in training."""
+    """Tokens that training may use, in store order (contexts are already shuffled), about `n_tokens` of them."""
     start, stop = store.spec.split_range("train")
     step = max(1, 4096 // store.spec.context_length)
+    found = 0
     for low in range(start, stop, step):
         high = min(low + step, stop)
-        if (low - start) * store.spec.context_length >= n_tokens:
+        if found >= n_tokens:
             return
-        x = store.activations(job.hook, low, high).float()
-        if job.sinks.train_on_them:
-            yield x.flatten(0, 1)
-        else:
-            yield x[~torch.from_numpy(store.sink_mask(job.hook, low, high, job.sinks.multiple))]
+        chosen = selected(store, low, high, job.selection)
+        found += int(chosen.sum())  # sinks too: contexts are read as whole as they are without a selection
+        if not job.sinks.train_on_them:
+            chosen = kept(store, job.hook, low, high, job.sinks.multiple, job.selection)
+        yield store.activations(job.hook, low, high).float()[torch.from_numpy(chosen)]
 
 
 def _sample(store: ActivationStore, job: TrainJob, n_tokens: int) -> Tensor:

@@ -180,8 +180,14 @@ class _Auditor:
     def _pooled_corpus(self) -> tuple[list[int], Pooled]:
         if self._corpus is None:
             documents, pooled = pool_documents(
-                self._store, self._dictionary, split="heldout", sink_multiple=self._config.sinks.multiple
+                self._store,
+                self._dictionary,
+                split="heldout",
+                sink_multiple=self._config.sinks.multiple,
+                selection=self._config.selection("audit"),
             )
+            if not len(documents):
+                raise UsageError("audit.select leaves no document of the held-out corpus: correct it, or collect more")
             self._corpus = documents.tolist(), pooled
         return self._corpus
 

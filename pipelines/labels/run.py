@@ -51,6 +51,7 @@ def label(config: RunConfig, run: RunDir, ui: Reporter) -> dict[str, dict[str, A
                 ui,
                 seed=config.seed,
                 sink_multiple=config.sinks.multiple,
+                selection=config.selection("label"),
                 config=LabelSettings(min_detection=config.label.min_detection),
             )
         except ValueError as error:

@@ -14,6 +14,7 @@ from pipelines.labels.firings import Firings
 from pipelines.labels.labelling import label_latents
 from pipelines.labels.settings import LabelSettings, LabelSummary
 from pipelines.progress import Reporter
+from pipelines.selection import Selection, kept
 from sae import Dictionary
 from storage.activations import ActivationStore
 from storage.latents import LatentStore
@@ -31,6 +32,7 @@ def label_dictionary(
     seed: int,
     config: LabelSettings | None = None,
     sink_multiple: float = 3.0,
+    selection: Selection | None = None,
 ) -> LabelSummary:
     """Label every latent of `dictionary` and write features.parquet and examples.parquet into `out_dir`.
 
@@ -40,6 +42,7 @@ def label_dictionary(
         unembedding: final norm weight and W_U; None leaves promotes and suppresses null (a hook that is not the
             residual stream).
         sink_multiple: a token whose norm exceeds this many medians is a sink and takes no part; as in training.
+        selection: tokens to fit and test rules on; by default all.
 
     Raises:
         ValueError: store, latents and dictionary do not belong together; too few documents; a token id without a
@@ -62,7 +65,7 @@ def label_dictionary(
         return Firings(block.indptr, block.row, block.value)
 
     return label_latents(
-        read_token_table(store, dictionary.hook_name, sink_multiple),
+        read_token_table(store, dictionary.hook_name, sink_multiple, selection=selection),
         read_block,
         latents.counts(),
         dictionary.W_dec,
@@ -76,16 +79,20 @@ def label_dictionary(
 
 
 def read_token_table(
-    store: ActivationStore, hook_name: str, sink_multiple: float = 3.0, *, contexts_at_once: int = 4096
+    store: ActivationStore,
+    hook_name: str,
+    sink_multiple: float = 3.0,
+    *,
+    selection: Selection | None = None,
+    contexts_at_once: int = 4096,
 ) -> TokenTable:
-    """The tokens of a store with its attention sinks marked; 13 bytes a token."""
+    """The tokens of a store, those usable that are selected and no attention sinks; 13 bytes a token."""
     n, length = store.spec.n_contexts, store.spec.context_length
     columns: list[list[NDArray[Any]]] = [[], [], [], []]
     for start in range(0, n, contexts_at_once):
         stop = min(start + contexts_at_once, n)
         contexts = store.contexts(start, stop)
-        sink = np.asarray(store.sink_mask(hook_name, start, stop, sink_multiple))
-        usable = ~sink & (contexts.document >= 0)
+        usable = kept(store, hook_name, start, stop, sink_multiple, selection) & (contexts.document >= 0)
         for column, part in zip(columns, (contexts.tokens, contexts.document, contexts.position, usable), strict=True):
             column.append(np.asarray(part).reshape(-1))
     token, document, position, usable = (np.concatenate(column) for column in columns)

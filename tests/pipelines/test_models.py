@@ -345,3 +345,51 @@ def test_model_dtype_is_the_configs(resolved: ResolvedModel):
     x = half.capture(torch.zeros(1, 4, dtype=torch.long), torch.arange(4)[None], ["model.layers.0"])["model.layers.0"]
     assert x.dtype == torch.bfloat16
     assert np.isfinite(x.float().numpy()).all()
+
+
+# -- hooks -------------------------------------------------------------------------------------------------------------
+
+
+def test_inputs_and_outputs_of_modules_in_one_pass_equal_handwritten_hooks(lm):
+    """MLP input, attention heads before o_proj, residual stream between attention and MLP, and a block's output."""
+    layer = lm.model.model.layers[1]
+    seen = {}
+
+    def save(name, x):
+        seen[name] = x.clone()
+
+    handles = [
+        layer.register_forward_hook(lambda _, __, out: save("block", out if isinstance(out, torch.Tensor) else out[0])),
+        layer.mlp.register_forward_pre_hook(lambda _, args: save("mlp in", args[0])),
+        layer.mlp.register_forward_hook(lambda _, __, out: save("mlp out", out)),
+        layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args: save("heads", args[0])),
+        layer.post_attention_layernorm.register_forward_pre_hook(lambda _, args: save("mid", args[0])),
+        layer.self_attn.register_forward_hook(lambda _, __, out: save("attention", out[0])),
+        layer.register_forward_pre_hook(lambda _, args: save("block in", args[0])),
+    ]
+    tokens = torch.randint(0, 300, (2, 9), generator=torch.Generator().manual_seed(0))
+    position = torch.arange(9).expand(2, 9)
+    with torch.inference_mode():
+        lm.model(input_ids=tokens, position_ids=position, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    hooks = {
+        "model.layers.1": "block",
+        "model.layers.1.mlp:input": "mlp in",
+        "model.layers.1.mlp": "mlp out",
+        "model.layers.1.self_attn.o_proj:input": "heads",
+        "model.layers.1.post_attention_layernorm:input": "mid",
+        "model.layers.1.self_attn:output": "attention",
+        "model.layers.1:input": "block in",
+    }
+    captured = lm.capture(tokens, position, list(hooks))
+    for hook, name in hooks.items():
+        torch.testing.assert_close(captured[hook], seen[name], rtol=0, atol=0)
+    torch.testing.assert_close(seen["mid"], seen["block in"] + seen["attention"])  # what these places are
+    torch.testing.assert_close(seen["block"], seen["mid"] + seen["mlp out"])
+
+
+def test_input_of_a_module_that_is_called_by_keyword_is_its_hidden_states(lm):
+    tokens, position = torch.arange(5)[None], torch.arange(5)[None]
+    captured = lm.capture(tokens, position, ["model.layers.1.self_attn:input", "model.layers.1.input_layernorm"])
+    torch.testing.assert_close(*captured.values(), rtol=0, atol=0)
