@@ -7,11 +7,21 @@ from hypothesis import strategies as st
 
 from sae import BatchTopKConfig, build
 from sae.base import SAE, SparseLatents
-from sae.kernels import cpu, loops, reference, select
+from sae.kernels import cpu, errors, loops, reference, select
+from sae.kernels.update import fused_update
 from sae.optim import Optimizer
 from sae.parallel import Group
 
 N, D_IN, D_SAE, K = 60, 12, 48, 5
+
+
+@pytest.fixture(params=["compiled", "torch"], autouse=True)
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loops compiled by numba, or torch operations."""
+    if request.param == "torch":
+        monkeypatch.setattr(loops, "_compiled", lambda: None)
+    elif loops.usable() is None:
+        pytest.skip("numba is not installed: only torch operations run here")
 
 
 def problem(seed: int = 0) -> tuple[SAE, torch.Tensor, cpu.Encoder]:
@@ -128,19 +138,57 @@ def test_decode_gives_b_dec_to_tokens_without_latents() -> None:
     torch.testing.assert_close(x_hat[2], sae.b_dec)
 
 
+def test_latents_that_were_not_selected_get_no_gradient() -> None:
+    sae, _, encoder = problem()
+    latents = cpu.select_topk(encoder._replace(b_enc=encoder.b_enc.where(torch.arange(D_SAE) % 4 > 0, -1e4)), K)
+    live = cpu.differentiable(latents, cpu.Encoder(encoder.x_centred, sae.W_enc, sae.b_enc), sae.b_dec)
+    cpu.decode(live, sae.W_dec, sae.b_dec, N).square().sum().backward()  # type: ignore[no-untyped-call]
+    assert sae.W_enc.grad is not None
+    assert sae.W_dec.grad is not None
+    assert sae.b_enc.grad is not None
+    for grad in (sae.W_enc.grad.t(), sae.W_dec.grad, sae.b_enc.grad):
+        assert not bool(grad[::4].any())
+        assert bool(grad[1::4].any())
+
+
+def test_one_sort_serves_both_weight_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    sae, _, encoder = problem()
+    live = cpu.differentiable(
+        cpu.select_topk(encoder, K), cpu.Encoder(encoder.x_centred, sae.W_enc, sae.b_enc), sae.b_dec
+    )
+    x_hat = cpu.decode(live, sae.W_dec, sae.b_dec, N)
+    layout = cpu._layout(live.row, live.latent)
+    x_hat.sum().backward()  # type: ignore[no-untyped-call]
+    first = layout.by_latent
+    assert cpu._layout(live.row, live.latent) is layout
+    starts, order, rows = first
+    assert torch.equal(live.latent[order], live.latent.sort(stable=True).values)
+    assert torch.equal(rows, live.row[live.latent.argsort(stable=True)])
+    assert starts[-1] == len(live.latent)
+    assert layout.by_latent is first
+
+
+@pytest.mark.parametrize("rows", [1, N])
+def test_squared_errors_equal_the_plain_formula(rows: int) -> None:
+    generator = torch.Generator().manual_seed(3)
+    x, y = torch.randn(N, D_IN, generator=generator), torch.randn(rows, D_IN, generator=generator)
+    torch.testing.assert_close(errors.squared_distance(x, y), (x - y).square().sum())
+    x_hat = x.clone().requires_grad_()
+    errors.squared_error(x_hat, x + 1).mul(3).backward()  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(x_hat.grad, torch.full_like(x, -6.0))
+
+
 def test_fused_update_equals_the_steps_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     def trained(fused: bool, grad_clip: float | None) -> dict[str, torch.Tensor]:
         sae, x, _ = problem()
         optimizer = Optimizer(sae, Group(), lr=1e-2, betas=None, grad_clip=grad_clip)
-        if not fused:
-            monkeypatch.setattr("sae.optim.fused_update", lambda *_: False)
+        monkeypatch.setattr("sae.optim.fused_update", fused_update if fused else lambda *_: False)
         for step in range(5):
             optimizer.update((sae.pre_acts(x).relu() @ sae.W_dec + sae.b_dec - x).square().mean(), 1e-2 / (step + 1))
-        monkeypatch.undo()
         return dict(sae.named_parameters()) | optimizer.state_dict()
 
     if loops.usable() is None:
-        pytest.skip("numba is not installed")
+        pytest.skip("there is no fused update without the compiled loops")
     for grad_clip in (None, 0.01):
         fused, plain = trained(True, grad_clip), trained(False, grad_clip)
         assert fused.keys() == plain.keys()
