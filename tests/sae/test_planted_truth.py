@@ -1,7 +1,7 @@
 """Acceptance: trained on sums of known directions, a dictionary must consist of those directions.
 
-Three of G random unit vectors in 64 dimensions are active in each sample, with coefficients from U(0.5, 1.5); the SAE has
-2 G latents and sees 2.05 million samples. Recall is the share of the vectors that a decoder row meets with a cosine
+Three of G random unit vectors in 64 dimensions are active in each sample, with coefficients from U(0.5, 1.5); the SAE
+has 2 G latents and sees 2.05 million samples. Recall is the share of the vectors that a decoder row meets with a cosine
 above 0.9. Sparsity coefficients were chosen on seed 10 at G = 128, the floors below hold for the mean of seeds 0, 1, 2;
 the first run of them (16 cores, 2026-11) gave, as the lowest of the three seeds at G = 128 and 256:
 
