@@ -171,8 +171,9 @@ def hook_widths(config: RunConfig, resolved: ResolvedModel) -> dict[str, int]:
 
 
 def _harvest_all(config: RunConfig, path: StorePlace, resolved: ResolvedModel, shards: list[int]) -> Iterator[Receipt]:
-    """Receipts of all the shards, as they become durable."""
+    """Receipts of the shards, as they become durable; without those that another driver does meanwhile."""
     from pipelines.cluster.harvesters import HarvesterPool
 
-    with HarvesterPool(config, path, resolved, len(shards)) as pool:
-        yield from pool.receipts(shards)
+    queue = ActivationWriter.open(path).queue(shards)
+    with queue, HarvesterPool(config, path, resolved, len(shards)) as pool:
+        yield from pool.receipts(queue)

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from pipelines.config import ModelConfig
 from pipelines.models import LanguageModel, ResolvedModel
+from pipelines.rundir import now
 from pipelines.stores import StorePlace
-from pipelines.versions import versions
+from pipelines.versions import machine, versions
 from storage import ActivationStore, ActivationWriter, Receipt, StoreSpec
 
 SHARDS_IN_FLIGHT = 2
@@ -134,7 +135,12 @@ class Harvester:
         """What each commit says of the machine."""
         device = self._lm.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
-        return {"device": f"{device.type} {name}", "threads": self._n_threads, "versions": versions()}
+        return {
+            "device": f"{device.type} {name}",
+            "machine": machine(),
+            "threads": self._n_threads,
+            "versions": versions(),
+        }
 
     def harvest(self, shard: int) -> Receipt:
         """Run the model on one shard's contexts and commit them; returns when they are durable.
@@ -183,7 +189,8 @@ class Harvester:
         try:
             if filled.copied is not None:
                 filled.copied.synchronize()
-            return self._writer.write_shard(shard, filled.buffer.arrays(filled.n_contexts), info=self._info)
+            info = self._info | {"time": now()}
+            return self._writer.write_shard(shard, filled.buffer.arrays(filled.n_contexts), info=info)
         finally:
             self._buffers.put(filled.buffer)
 

@@ -1,4 +1,4 @@
-"""Which software made an artefact."""
+"""Which software and hardware made an artefact."""
 
 import importlib.metadata
 import platform
@@ -21,6 +21,36 @@ def versions() -> dict[str, str]:
     commit = git_commit()
     if commit:
         found["git_commit"] = commit
+    return found
+
+
+CPU_FLAGS = (
+    "avx2",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_bf16",
+    "amx_int8",
+    "asimd",
+    "bf16",
+    "sve",
+)
+"""Features of a CPU by which matrix products choose their kernels, and so the last bits of their results."""
+
+
+@cache
+def machine() -> dict[str, str]:
+    """Name of this machine, its CPU, and which of `CPU_FLAGS` that has."""
+    found = {"host": platform.node(), "cpu": platform.processor() or platform.machine()}
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return found
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    found["cpu"] = facts.get("model name", found["cpu"])
+    flags = set(facts.get("flags", facts.get("Features", "")).split())
+    found["cpu_flags"] = " ".join(flag for flag in CPU_FLAGS if flag in flags)
     return found
 
 

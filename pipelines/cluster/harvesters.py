@@ -6,8 +6,8 @@ twice has the effect of writing it once.
 """
 
 import os
-from collections import deque
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
@@ -18,6 +18,7 @@ from pipelines.harvester import SHARDS_IN_FLIGHT, Harvester
 from pipelines.models import ResolvedModel
 from pipelines.stores import StorePlace, absolute
 from storage import Receipt
+from storage.leases import POLL_S, ShardQueue
 
 MAX_DEATHS = 8
 """Deaths of actors in a row, without one finished shard between them, after which the stage fails."""
@@ -60,17 +61,28 @@ class HarvesterPool:
         self._starting = {self._ready(actor): actor for actor in self._actors}
         self._alive: list[Any] = []
 
-    def receipts(self, shards: Iterable[int]) -> Iterator[Receipt]:
+    def receipts(self, queue: ShardQueue) -> Iterator[Receipt]:
         """Have the shards done; yields the receipt of each when it is durable, in no particular order.
+
+        Ends when all are committed: shards that another driver is at are waited for, or taken over if it dies.
 
         Raises: what a harvester raised; RunError if actors die again and again, or cannot be started.
         """
-        queue, busy = deque(shards), dict[Any, tuple[Any, int]]()
+        busy: dict[Any, tuple[Any, int]] = {}
         for actor in self._alive:
             self._hand_out(actor, queue, busy)
         deaths = 0
-        while queue or busy:
-            (done, *_), _ = self._ray.wait([*busy, *self._starting], num_returns=1)
+        while queue.open():
+            under_way = [*busy, *self._starting]
+            # With nothing to hand out, look now and then whether another driver has finished or died.
+            ready = self._ray.wait(under_way, timeout=POLL_S if queue.waiting else None)[0] if under_way else []
+            if not ready:
+                if not under_way:
+                    time.sleep(POLL_S)
+                for actor in self._alive:
+                    self._hand_out(actor, queue, busy)
+                continue
+            done = ready[0]
             if (started := self._starting.pop(done, None)) is not None:
                 self._await_start(done)
                 self._alive.append(started)
@@ -82,7 +94,7 @@ class HarvesterPool:
             except self._ray.exceptions.RayTaskError as error:
                 raise error.cause or error from None
             except self._ray.exceptions.RayActorError as error:
-                queue.appendleft(shard)
+                queue.give_back(shard)
                 if actor in self._alive:  # else its other shard has told already
                     deaths += 1
                     self._alive.remove(actor)
@@ -97,14 +109,14 @@ class HarvesterPool:
                     self._hand_out(other, queue, busy)
                 continue
             deaths = 0
+            queue.done(shard)
             self._hand_out(actor, queue, busy)
             yield receipt
 
-    def _hand_out(self, actor: Any, queue: deque[int], busy: dict[Any, tuple[Any, int]]) -> None:
+    def _hand_out(self, actor: Any, queue: ShardQueue, busy: dict[Any, tuple[Any, int]]) -> None:
         """Give a living actor shards until it has as many as overlap."""
         held = sum(holder is actor for holder, _ in busy.values())
-        while queue and held < SHARDS_IN_FLIGHT and actor in self._alive:
-            shard = queue.popleft()
+        while held < SHARDS_IN_FLIGHT and actor in self._alive and (shard := queue.take()) is not None:
             busy[actor.harvest.remote(shard)] = (actor, shard)
             held += 1
 

@@ -128,6 +128,8 @@ def test_commits_say_which_machine_made_them(collected):
     info = commit["payload"]["info"]
     assert info["device"].startswith("cpu ")
     assert {"torch", "transformers", "numpy"} <= set(info["versions"])
+    assert {"host", "cpu"} <= set(info["machine"])
+    assert info["time"].startswith("20")
 
 
 @dataclass(frozen=True)
