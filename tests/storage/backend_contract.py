@@ -205,7 +205,7 @@ class BackendContract:
             assert (store.activations_numpy(hook, 3, 7) == array[3:7]).all()
         assert store.sidecar("documents.parquet") == b"opaque"
         readers = [
-            ShuffledReader(opened, example_store.WIDE, batch_size=8, seed=0, epochs=1)
+            ShuffledReader(opened, example_store.WIDE, batch_size=8, seed=0, epochs=1, n_streams=4)
             for opened in (store, ActivationStore.open(built))
         ]
         batches = list(zip(*readers, strict=True))
