@@ -28,8 +28,12 @@ CHECKSUM_BYTES = 4
 MISSING = 2**64 - 1
 """Offset and length of a chunk slot that holds nothing."""
 BF16_NAN = 0x7FC0
-BLOSC: dict[str, Any] = {"cname": "zstd", "clevel": 1, "shuffle": "bitshuffle", "blocksize": 0}
-"""Settings of the codec `blosc`, but for `typesize`."""
+BLOSC: dict[str, Any] = {"cname": "zstd", "clevel": 1, "shuffle": "bitshuffle", "blocksize": 2**20}
+"""Settings of the codec `blosc`, but for `typesize`.
+
+Residual streams in bfloat16 shrink to 1 / 1.24 so; to 1 / 1.02 in the blocks that blosc would choose at this level, and
+to 1 / 1.26 at level 7, which takes ten times as long.
+"""
 
 
 def crc32c(data: NDArray[Any] | bytes) -> bytes:
@@ -66,7 +70,11 @@ def decode_index(data: NDArray[np.uint8], n_slots: int) -> NDArray[np.uint64]:
 def compress(chunk: NDArray[Any]) -> bytes:
     """The chunk by blosc; equal chunks give equal bytes. Releases the interpreter's lock."""
     data: bytes = numcodecs.blosc.compress(
-        np.ascontiguousarray(chunk), BLOSC["cname"].encode(), BLOSC["clevel"], numcodecs.blosc.BITSHUFFLE, 0
+        np.ascontiguousarray(chunk),
+        BLOSC["cname"].encode(),
+        BLOSC["clevel"],
+        numcodecs.blosc.BITSHUFFLE,
+        BLOSC["blocksize"],
     )
     return data
 

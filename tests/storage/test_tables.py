@@ -47,6 +47,7 @@ def test_table_keeps_the_whole_range_of_its_type(tmp_path: Path, dtype: str) -> 
     assert (store.table("turn", 0, 10) == values).all()
     stock = zarr.open_array(str(tmp_path / "s/data.zarr/turn"), mode="r")
     assert stock.dtype == dtype
+    assert stock.fill_value == {"int8": -128, "int16": -1, "int32": -1}.get(dtype, limits.max)
     assert (stock[:] == values).all()
 
 
