@@ -3,10 +3,13 @@ first use; else by fetching the chunks that are touched, each tested whenever it
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -21,13 +24,24 @@ from storage.layout import ArrayLayout
 MAX_OPEN_FILES = 32
 MAX_KEPT_CHUNKS = 2
 """Decompressed chunks that a reader holds, of 2 to 8 MiB each."""
+WORTH_A_THREAD = 256 * 2**10
+"""Bytes to be copied beside which a checksum is tested by a second thread; for fewer the handing over costs more."""
+
+
+@cache
+def _checker() -> ThreadPoolExecutor:
+    """One thread of this process that tests checksums beside copies; both run without Python's lock."""
+    return ThreadPoolExecutor(1, "checksums")
+
+
+os.register_at_fork(after_in_child=_checker.cache_clear)  # a child has none of its parent's threads
 
 
 @dataclass(frozen=True, eq=False)
 class _MappedFile:
     data: ByteSource
-    chunks: NDArray[np.uint64]
-    """Offset and length of each chunk, [n_chunks, 2]."""
+    chunks: list[tuple[int, int]]
+    """Offset and length of each chunk."""
 
 
 class RowReader:
@@ -48,7 +62,8 @@ class RowReader:
         self._verified = np.zeros((array.n_files, slots), bool) if verify else None
 
     def read(self, start: int, stop: int, out: NDArray[Any] | None = None) -> NDArray[Any]:
-        """Rows [start, stop), copied into `out` (same dtype and shape) or a new array.
+        """Rows [start, stop), copied into `out` (same dtype and shape) or a new array. Checksums are tested while the
+        rows are copied: if this raises, what is in `out` must not be used.
 
         Raises: ValueError if the range is not inside of the array; CorruptionError naming file and shard if bytes are
             missing or changed.
@@ -56,23 +71,33 @@ class RowReader:
         self._check_range(start, stop)
         if out is None:
             out = np.empty((stop - start, *self.array.shape[1:]), self.array.dtype)
-        row = 0
-        for piece in self.pieces(start, stop):
-            out[row : row + len(piece)] = piece
-            row += len(piece)
+        testing: list[Future[None]] = []
+        row, row_bytes = 0, self.array.chunk_bytes // self.array.rows_per_chunk
+        for file, chunk, first, last in self._touched(start, stop):
+            beside = testing if (last - first) * row_bytes >= WORTH_A_THREAD else None
+            rows = self._chunk(file, chunk, beside)[first:last]
+            out[row : row + len(rows)] = rows
+            row += len(rows)
+        for test in testing:
+            test.result()
         return out
 
     def pieces(self, start: int, stop: int) -> Iterator[NDArray[Any]]:
         """Rows [start, stop) in pieces of at most a chunk, in order; not copied where the file is mapped, and not to be
         written to. Raises as `read` does."""
         self._check_range(start, stop)
+        for file, chunk, first, last in self._touched(start, stop):
+            yield self._chunk(file, chunk)[first:last]
+
+    def _touched(self, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
+        """File, chunk and rows of the chunk, for each chunk that holds some of the rows."""
         array = self.array
         while start < stop:
             file, in_file = divmod(start, array.rows_per_file)
-            chunk, in_chunk = divmod(in_file, array.rows_per_chunk)
-            n = min(array.rows_per_chunk - in_chunk, stop - start)
-            yield self._chunk(file, chunk)[in_chunk : in_chunk + n]
-            start += n
+            chunk, first = divmod(in_file, array.rows_per_chunk)
+            last = min(array.rows_per_chunk, first + stop - start)
+            yield file, chunk, first, last
+            start += last - first
 
     def forget(self, stop: int) -> None:
         """Lets go of the maps of the files that end before row `stop`; a deleted file holds its space until then."""
@@ -84,10 +109,11 @@ class RowReader:
         if not 0 <= start <= stop <= self.array.shape[0]:
             raise ValueError(f"Rows of {self.array.key} must lie in [0, {self.array.shape[0]}], got [{start}, {stop}).")
 
-    def _chunk(self, file: int, chunk: int) -> NDArray[Any]:
+    def _chunk(self, file: int, chunk: int, testing: list[Future[None]] | None = None) -> NDArray[Any]:
+        """A chunk's rows. With `testing`, the checksum may still be under test by what is added to that list."""
         array = self.array
         mapped = self._file(file)
-        offset, length = (int(value) for value in mapped.chunks[chunk])
+        offset, length = mapped.chunks[chunk]
         if (length != array.stored_chunk_bytes and not array.compressed) or offset + length > mapped.data.size:
             raise self._corrupt(
                 file,
@@ -96,19 +122,33 @@ class RowReader:
             )
         if array.compressed:
             return self._decompressed(file, chunk, mapped, offset, length)
-        return self._verified_bytes(file, chunk, mapped, offset, length).view(array.dtype).reshape(array.chunk_shape)
+        stored = self._stored(file, chunk, mapped, offset, length, testing)
+        return stored.view(array.dtype).reshape(array.chunk_shape)
 
-    def _verified_bytes(
-        self, file: int, chunk: int, mapped: _MappedFile, offset: int, length: int
+    def _stored(
+        self,
+        file: int,
+        chunk: int,
+        mapped: _MappedFile,
+        offset: int,
+        length: int,
+        testing: list[Future[None]] | None = None,
     ) -> NDArray[np.uint8]:
-        """A chunk as it is stored, without its checksum, once that is tested."""
+        """A chunk as it is stored, without its checksum, once that is tested, or being tested (see `_chunk`)."""
         stored = mapped.data[offset : offset + length]
-        data = stored[: length - CHECKSUM_BYTES]
         if self._verified is not None and not self._verified[file, chunk]:
-            if crc32c(data) != stored[length - CHECKSUM_BYTES :].tobytes():
-                raise self._corrupt(file, f"chunk {chunk} must match its checksum, but it does not")
-            self._verified[file, chunk] = isinstance(mapped.data, np.ndarray)  # what is fetched again is tested again
-        return data
+            stays = isinstance(mapped.data, np.ndarray)  # what is fetched again is tested again
+            if testing is not None and stays:
+                testing.append(_checker().submit(self._test, file, chunk, stored, stays))
+            else:
+                self._test(file, chunk, stored, stays)
+        return stored[: length - CHECKSUM_BYTES]
+
+    def _test(self, file: int, chunk: int, stored: NDArray[np.uint8], stays: bool) -> None:
+        if crc32c(stored[:-CHECKSUM_BYTES]) != stored[-CHECKSUM_BYTES:].tobytes():
+            raise self._corrupt(file, f"chunk {chunk} must match its checksum, but it does not")
+        assert self._verified is not None
+        self._verified[file, chunk] = stays
 
     def _decompressed(self, file: int, chunk: int, mapped: _MappedFile, offset: int, length: int) -> NDArray[Any]:
         """A compressed chunk's rows. The last few are kept, since contexts of one chunk are often read in turn."""
@@ -117,7 +157,7 @@ class RowReader:
         if kept is None:
             kept = np.empty(self.array.chunk_shape, self.array.dtype)
             try:
-                decompress(self._verified_bytes(file, chunk, mapped, offset, length), kept)
+                decompress(self._stored(file, chunk, mapped, offset, length), kept)
             except ValueError as error:
                 raise self._corrupt(file, f"chunk {chunk} must decompress: {error}") from error
         with self._lock:
@@ -143,14 +183,14 @@ class RowReader:
         if not array.compressed and data.size != array.file_bytes(file):
             raise self._corrupt(file, f"the file must have {array.file_bytes(file):,} bytes, but it has {data.size:,}")
         if not array.sharded:
-            return _MappedFile(data, np.array([[0, data.size]], np.uint64))
+            return _MappedFile(data, [(0, data.size)])
         try:
             index = data[max(0, data.size - index_bytes(array.slots_per_file)) : data.size]
             chunks = decode_index(index, array.slots_per_file)
             stored = int(chunks[: array.chunks_in_file(file), 1].sum()) + index.size
             if array.compressed and stored != data.size:
                 raise ValueError(f"the file must have {stored:,} bytes, but it has {data.size:,}")
-            return _MappedFile(data, chunks)
+            return _MappedFile(data, [(int(offset), int(length)) for offset, length in chunks])
         except ValueError as error:
             raise self._corrupt(file, str(error)) from error
 

@@ -139,10 +139,10 @@ class _Moments:
         x -= self._shift
         if n < len(x):
             x[~chosen] = 0
-        ones = np.full(len(x), sign, np.float32)
-        self._total += ones @ x
+        # Not as products with a vector of ones: BLAS would take every core for them, and wait for the busy ones.
+        self._total += sign * np.add.reduce(x, axis=0)
         np.multiply(x, x, out=x)
-        self._squares += ones @ x
+        self._squares += sign * np.add.reduce(x, axis=0)
         self.count += sign * n
 
     def result(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
