@@ -186,16 +186,78 @@ class CollectConfig(Section):
 class SAESpec(Section):
     """One sparse autoencoder under `saes:`."""
 
-    architecture: Literal["batchtopk", "topk"] = "batchtopk"
+    architecture: Literal[
+        "standard", "gated", "topk", "batchtopk", "jumprelu", "matryoshka_batchtopk", "transcoder", "crosscoder"
+    ] = "batchtopk"
     """Which architecture to train."""
     hook: str | None = None
     """Which of `hooks` it reads; by default the first."""
+    target_hook: str | None = None
+    """transcoder: which of `hooks` it predicts."""
+    hooks: tuple[str, ...] | None = None
+    """crosscoder: which of `hooks` it reads together; by default all. Sinks are those of the first."""
     d_sae: int | None = Field(None, gt=0)
     """Number of latents; or give `expansion_factor`."""
     expansion_factor: float = Field(8.0, gt=0)
     """d_sae / d_in, used when `d_sae` is not given."""
-    k: int = Field(32, gt=0)
-    """Active latents a token (on average, for batchtopk)."""
+    k: int | None = Field(None, gt=0)
+    """Active latents a token (on average, for selections over a batch); 32 for the architectures that have a k."""
+    activation: Literal["topk", "batchtopk"] | None = None
+    """transcoder: how the k latents are chosen; batchtopk by default."""
+    skip: bool | None = None
+    """transcoder: add an affine map of the input to the output."""
+    sparsity: Literal["l1", "batchtopk"] | None = None
+    """crosscoder: what keeps it sparse; batchtopk by default."""
+    prefix_sizes: tuple[int, ...] | None = None
+    """matryoshka_batchtopk: latents of each nested dictionary, rising to d_sae."""
+    n_sampled_prefixes: int | None = Field(None, ge=0)
+    """matryoshka_batchtopk: draw this many prefix sizes in each step."""
+    l1_coefficient: float | None = Field(None, ge=0)
+    """standard, gated, crosscoder with l1: weight of the penalty."""
+    penalty: Literal["l0", "tanh"] | None = None
+    """jumprelu: what the penalty counts; l0 by default."""
+    sparsity_coefficient: float | None = Field(None, ge=0)
+    """jumprelu: weight of the penalty."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_k(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("k") is not None:
+            return values
+        has_k = "k" in _SETTINGS.get(str(values.get("architecture", "batchtopk")), ())
+        return values | {"k": 32} if has_k else values
+
+    @model_validator(mode="after")
+    def _settings_of_this_architecture(self) -> "SAESpec":
+        known = _SETTINGS[self.architecture]
+        foreign = [name for name in sorted(set().union(*_SETTINGS.values()) - known) if getattr(self, name) is not None]
+        if foreign:
+            raise ValueError(
+                f"{', '.join(foreign)} cannot be set for {self.architecture}, which has {', '.join(sorted(known))}"
+            )
+        if self.architecture == "transcoder" and self.target_hook is None:
+            raise ValueError("a transcoder needs `target_hook`, the hook that it predicts")
+        if self.architecture == "crosscoder" and self.hook is not None:
+            raise ValueError("a crosscoder reads `hooks`, not one `hook`")
+        return self
+
+    def settings(self) -> dict[str, Any]:
+        """What goes to the architecture's own configuration: the settings that were given, but for hooks and widths."""
+        names = _SETTINGS[self.architecture] - {"target_hook", "hooks"}
+        return {name: value for name in sorted(names) if (value := getattr(self, name)) is not None}
+
+
+_SETTINGS: dict[str, frozenset[str]] = {
+    "standard": frozenset({"l1_coefficient"}),
+    "gated": frozenset({"l1_coefficient"}),
+    "topk": frozenset({"k"}),
+    "batchtopk": frozenset({"k"}),
+    "jumprelu": frozenset({"penalty", "sparsity_coefficient"}),
+    "matryoshka_batchtopk": frozenset({"k", "prefix_sizes", "n_sampled_prefixes"}),
+    "transcoder": frozenset({"k", "activation", "skip", "target_hook"}),
+    "crosscoder": frozenset({"k", "sparsity", "l1_coefficient", "hooks"}),
+}
+"""Settings of `SAESpec` that only some architectures have."""
 
 
 class SelectConfig(Section):
@@ -372,6 +434,11 @@ class RunConfig(Section):
         for name, sae in self.saes.items():
             if sae.hook is not None and sae.hook not in self.hooks:
                 raise ValueError(f"saes.{name}.hook is {sae.hook!r}, which is not in `hooks`: {list(self.hooks)}")
+            for hook in self.hooks_of(name):
+                if hook not in self.hooks:
+                    raise ValueError(f"saes.{name} names {hook!r}, which is not in `hooks`: {list(self.hooks)}")
+            if sae.architecture == "crosscoder" and len(set(self.hooks_of(name))) < 2:
+                raise ValueError(f"saes.{name} is a crosscoder, which needs at least two different hooks")
         for stage in ("train", "evaluate", "label", "audit"):
             try:
                 self.selection(stage)
@@ -384,8 +451,16 @@ class RunConfig(Section):
         return selection_of(getattr(getattr(self, stage), "select", None), self.text)
 
     def hook_of(self, sae: str) -> str:
-        """The hook that the SAE `sae` reads."""
-        return self.saes[sae].hook or self.hooks[0]
+        """The hook that the SAE `sae` reads; of a crosscoder the first. Its norms say which tokens are sinks."""
+        return self.hooks_of(sae)[0]
+
+    def hooks_of(self, sae: str) -> tuple[str, ...]:
+        """The hooks whose activations make a training batch of the SAE `sae`: input, then a transcoder's target."""
+        spec = self.saes[sae]
+        if spec.architecture == "crosscoder":
+            return spec.hooks or self.hooks
+        target = () if spec.target_hook is None else (spec.target_hook,)
+        return (spec.hook or self.hooks[0], *target)
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:

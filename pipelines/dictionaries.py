@@ -3,6 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from pipelines.config import DictionarySource, RunConfig
 from pipelines.errors import RunError, UsageError
 from pipelines.rundir import RunDir
@@ -93,6 +96,18 @@ def saelens_metadata(provenance: dict[str, Any]) -> dict[str, Any]:
         "dataset_path": ", ".join(text["origin"] for text in provenance["text"]),
         "prepend_bos": provenance["packing"]["prepend_bos"],
     }
+
+
+def stored_input(store: ActivationStore, dictionary: Dictionary, start: int, stop: int) -> Tensor:
+    """The stored activations that `dictionary.encode` takes, [stop - start, context_length, d_in]."""
+    parts = [store.activations(hook, start, stop) for hook in dictionary.input_hooks]
+    return parts[0] if len(parts) == 1 else torch.cat([part.float() for part in parts], dim=-1)
+
+
+def stored_target(store: ActivationStore, dictionary: Dictionary, start: int, stop: int) -> Tensor:
+    """What `dictionary` reconstructs, [stop - start, context_length, d_out]."""
+    parts = [store.activations(hook, start, stop) for hook in dictionary.output_hooks]
+    return parts[0] if len(parts) == 1 else torch.cat([part.float() for part in parts], dim=-1)
 
 
 def dictionary_files(folder: Path) -> list[Path]:

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipelines.dictionaries import stored_input
 from pipelines.models import LanguageModel
 from pipelines.progress import Bar
 from pipelines.selection import Selection, kept
@@ -71,10 +72,11 @@ def encode_texts(
             tokens[j, : len(encoded[i])] = torch.tensor(encoded[i], dtype=torch.long)
             real[j, : len(encoded[i])] = True
         position = torch.arange(width).expand(len(batch), width)
-        x = lm.capture(tokens.to(lm.device), position.to(lm.device), [hook])[hook].float().cpu()
+        captured = lm.capture(tokens.to(lm.device), position.to(lm.device), list(dictionary.input_hooks))
+        x = torch.cat([captured[name].float().cpu() for name in dictionary.input_hooks], dim=-1)
         counted = real & (position > 0)
         if sink_norm is not None:
-            counted &= x.norm(dim=-1) < sink_norm
+            counted &= captured[hook].float().cpu().norm(dim=-1) < sink_norm
         for j, i in enumerate(batch):
             rows[i] = _pool(dictionary, x[j][counted[j]])
         if bar is not None:
@@ -97,7 +99,7 @@ def pool_documents(
     best: dict[int, tuple[Tensor, Tensor, int]] = {}
     for context in range(start, stop):
         document = torch.from_numpy(store.contexts(context, context + 1).document[0].astype(np.int64))
-        x = store.activations(hook, context, context + 1)[0].float()
+        x = stored_input(store, dictionary, context, context + 1)[0].float()
         keep = torch.from_numpy(kept(store, hook, context, context + 1, sink_multiple, selection)[0])
         latents = dictionary.encode(x)
         for row in torch.unique(document[keep]).tolist():

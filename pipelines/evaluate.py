@@ -6,6 +6,7 @@ through the splice unchanged; the figures named `_all` are over all tokens, with
 """
 
 from collections import defaultdict
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from pipelines.collect import open_store
 from pipelines.config import EvaluateConfig, RunConfig
-from pipelines.dictionaries import load_trained
+from pipelines.dictionaries import load_trained, stored_input, stored_target
 from pipelines.errors import RunError
 from pipelines.models import LanguageModel, resolve_model
 from pipelines.progress import Bar, Reporter
@@ -68,22 +69,24 @@ def evaluate_reconstruction(
     """
     hook = dictionary.required_hook_name
     start, stop = store.spec.split_range("heldout")
-    fvu, fvu_all, l0, l0_all = FVU(dictionary.d_in), FVU(dictionary.d_in), L0(), L0()
+    d_out = dictionary.sae.d_out
+    fvu, fvu_all, l0, l0_all = FVU(d_out), FVU(d_out), L0(), L0()
     frequency = ActivationFrequency(dictionary.d_sae)
     step = max(1, 4096 // store.spec.context_length)
     n_all = 0
     for low in range(start, stop, step):
         high = min(low + step, stop)
         chosen = torch.from_numpy(selected(store, low, high, selection)).flatten()
-        x = store.activations(hook, low, high).flatten(0, 1).float()[chosen]
+        x = stored_input(store, dictionary, low, high).flatten(0, 1).float()[chosen]
+        target = stored_target(store, dictionary, low, high).flatten(0, 1).float()[chosen]
         keep = torch.from_numpy(kept(store, hook, low, high, sink_multiple, selection)).flatten()[chosen]
         n_all += len(x)
         with torch.inference_mode():
             latents = dictionary.encode(x)
-            x_hat = dictionary.decode(latents)
-        fvu_all.update(x, x_hat)
+            x_hat = dictionary.decode(latents) + dictionary.sae.bypass(x)
+        fvu_all.update(target, x_hat)
         l0_all.update(latents)
-        fvu.update(x[keep], x_hat[keep])
+        fvu.update(target[keep], x_hat[keep])
         l0.update(latents[keep])
         frequency.update(latents[keep])
         bar.advance((high - low) * store.spec.context_length)
@@ -148,6 +151,8 @@ def evaluate_splice(
     other tokens; the `_all` scores replace every token and count every prediction. A prediction across a document
     boundary never counts.
     """
+    if len(dictionary.output_hooks) != 1:
+        return {}  # a crosscoder has no one place to be spliced in
     start, _ = store.spec.split_range("heldout")
     n_contexts = _n_spliced(store, config)
     isolate = bool(store.spec.provenance["packing"]["isolate_documents"])
@@ -182,15 +187,28 @@ def _log_probabilities(
     kind: str,
     spared: Bool[Tensor, "batch seq"],
 ) -> Float[Tensor, "batch seq_minus_1 vocab"]:
-    """Next-token log-probabilities with the hook's activations kept, spliced or zeroed, except at spared tokens."""
+    """Next-token log-probabilities with the output hook's activations kept, spliced or zeroed, but for spared tokens.
+
+    A transcoder's output replaces its target; what it reads from the same forward pass comes before.
+    """
+    read: dict[str, Tensor] = {}
+
+    def capture(x: Tensor) -> Tensor:
+        read["x"] = x
+        return x
 
     def replace(x: Tensor) -> Tensor:
         if kind == "keep":
             return x
-        new = torch.zeros_like(x) if kind == "zero" else dictionary.decode(dictionary.encode(x.float())).to(x.dtype)
+        new = torch.zeros_like(x) if kind == "zero" else dictionary.sae(read.get("x", x).float()).x_hat.to(x.dtype)
         return torch.where(spared[..., None], x, new)
 
-    with replace_activations(lm.model, dictionary.required_hook_name, replace):
+    (written,) = dictionary.output_hooks
+    reads_elsewhere = dictionary.input_hooks != dictionary.output_hooks
+    with (
+        replace_activations(lm.model, dictionary.required_hook_name, capture) if reads_elsewhere else nullcontext(),
+        replace_activations(lm.model, written, replace),
+    ):
         logits: Tensor = lm.model(input_ids=tokens, position_ids=position, use_cache=False).logits
     return logits[:, :-1].float().log_softmax(-1)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from pipelines.dictionaries import stored_input
 from pipelines.progress import Reporter
 from pipelines.rundir import RunDir
 from sae import Dictionary
@@ -58,7 +59,7 @@ def compute_latents(
             step = max(1, BLOCK_TOKENS // spec.context_length)
             for low in range(start, stop, step):
                 high = min(low + step, stop)
-                x = store.activations(hook, low, high).flatten(0, 1)
+                x = stored_input(store, dictionary, low, high).flatten(0, 1)
                 keep = torch.from_numpy(~store.sink_mask(hook, low, high, sink_multiple)).flatten().nonzero()[:, 0]
                 with torch.inference_mode():
                     sparse = dictionary.encode_sparse(x[keep])

@@ -12,7 +12,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -289,28 +289,30 @@ def calibrated_rates(config: RunConfig, resolved: ResolvedModel, widths: Mapping
         torch.set_num_threads(os.cpu_count() or 1)
         if config.train is not None:
             rates |= {
-                f"train {name}": _training_rate(config, name, widths[config.hook_of(name)]) for name in config.saes
+                f"train {name}": _training_rate(config, name, [widths[hook] for hook in config.hooks_of(name)])
+                for name in config.saes
             }
         return rates
     finally:
         torch.set_num_threads(before)
 
 
-def _training_rate(config: RunConfig, name: str, d_in: int) -> float:
+def _training_rate(config: RunConfig, name: str, widths: Sequence[int]) -> float:
     """Tokens a second of training one SAE, on random activations."""
     import torch
 
-    from pipelines.train_worker import sae_config
+    from pipelines.architectures import n_latents, sae_config
     from sae import Trainer, TrainerConfig, build
 
     assert config.train is not None
     spec = config.saes[name]
-    d_sae = spec.d_sae or round(spec.expansion_factor * d_in)
+    d_sae = n_latents(spec, widths[0])
     narrow = spec.model_copy(update={"d_sae": min(d_sae, CALIBRATION_LATENTS)})
     rows = min(config.train.batch_size, 2048)
-    batches = torch.randn(4, rows, d_in, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    batches = [tuple(torch.randn(rows, width, generator=generator) for width in widths) for _ in range(4)]
     device = "cuda" if config.train.use_gpu and torch.cuda.is_available() else "cpu"
-    trainer = Trainer(build(sae_config(narrow, d_in), seed=0), TrainerConfig(), len(batches), device=device)
+    trainer = Trainer(build(sae_config(narrow, widths), seed=0), TrainerConfig(), len(batches), device=device)
     trainer.initialise(batches[0])
     ends: list[float] = []
 

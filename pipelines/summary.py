@@ -57,12 +57,13 @@ def print_summary(run: Run, console: Console) -> None:
             table.add_row(
                 "FVU", f"{m['fvu']:.3f}", f"unexplained variance, lower is better; with sinks {m['fvu_all']:.3f}"
             )
-            table.add_row(
-                "loss recovered",
-                _score(m["ce_loss_score"]),
-                f"CE score, 1 is perfect; KL score {_score(m['kl_div_score'])}; all tokens spliced "
-                f"{_score(m['ce_loss_score_all'])}",
-            )
+            if "ce_loss_score" in m:
+                table.add_row(
+                    "loss recovered",
+                    _score(m["ce_loss_score"]),
+                    f"CE score, 1 is perfect; KL score {_score(m['kl_div_score'])}; all tokens spliced "
+                    f"{_score(m['ce_loss_score_all'])}",
+                )
             table.add_row(
                 "dead latents", f"{m['dead_share']:.1%}", f"of {m['n_latents']:,}, silent on the held-out tokens"
             )

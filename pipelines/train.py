@@ -9,10 +9,11 @@ import os
 import shutil
 import threading
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipelines.architectures import n_latents, sae_config
 from pipelines.cluster.local import require_cpus, start_ray
 from pipelines.collect import open_store, store_path
 from pipelines.config import CollectConfig, RayConfig, RunConfig, SAESpec, TrainConfig
@@ -46,7 +47,7 @@ def make_job(config: RunConfig, run: RunDir, name: str, store: ActivationStore) 
     assert config.train is not None
     return TrainJob(
         store=str(absolute(store_path(config, run))),
-        hook=config.hook_of(name),
+        hooks=config.hooks_of(name),
         spec=config.saes[name],
         config=config.train,
         sinks=config.sinks,
@@ -78,7 +79,7 @@ def check_settings(config: RunConfig, widths: Mapping[str, int]) -> None:
     problems = [
         problem
         for name, spec in config.saes.items()
-        for problem in _problems(config.train, spec, widths[config.hook_of(name)], name)
+        for problem in _problems(config.train, spec, [widths[hook] for hook in config.hooks_of(name)], name)
     ]
     problems += _mixing_problems(config.train, config.collect)
     if problems:
@@ -87,13 +88,18 @@ def check_settings(config: RunConfig, widths: Mapping[str, int]) -> None:
     require_cpus(config.ray, n_cpus, "train.num_workers and train.cpus_per_worker")
 
 
-def _problems(train: TrainConfig, spec: SAESpec, d_in: int, name: str) -> list[str]:
-    d_sae = spec.d_sae or round(spec.expansion_factor * d_in)
+def _problems(train: TrainConfig, spec: SAESpec, widths: Sequence[int], name: str) -> list[str]:
+    d_sae = n_latents(spec, widths[0])
     problems = []
-    if spec.k > d_sae:
+    if spec.k is not None and spec.k > d_sae:
         problems.append(
             f"saes.{name}.k is {spec.k}, more than its {d_sae} latents: lower k, or raise d_sae or expansion_factor"
         )
+    else:
+        try:
+            sae_config(spec, widths)
+        except ValueError as error:
+            problems.append(f"saes.{name}: {error}")
     if train.n_tokens < train.batch_size:
         problems.append(f"train.n_tokens ({train.n_tokens:,}) is less than one batch ({train.batch_size:,})")
     if train.batch_size % train.streams:

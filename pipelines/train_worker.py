@@ -4,7 +4,7 @@ Knows no Ray: `pipelines.train` runs it under Ray Train, and a test may call it 
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipelines.architectures import sae_config
 from pipelines.config import SAESpec, SinkConfig, TrainConfig
 from pipelines.dictionaries import saelens_metadata
 from pipelines.rundir import now, write_text
 from pipelines.selection import Selection, kept, selected
-from sae import BatchTopKConfig, Dictionary, StepMetrics, TopKConfig, Trainer, TrainerConfig, build
+from sae import Dictionary, StepMetrics, Trainer, TrainerConfig, build
 from sae.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from sae.normalise import fit_normaliser
 from sae.threshold import thresholded
@@ -34,7 +35,8 @@ class TrainJob:
     """Everything that a worker needs; plain values and paths."""
 
     store: str
-    hook: str
+    hooks: tuple[str, ...]
+    """`RunConfig.hooks_of`; the first says which tokens are sinks."""
     spec: SAESpec
     config: TrainConfig
     sinks: SinkConfig
@@ -54,11 +56,11 @@ def train_worker(
     torch.set_num_threads(job.n_threads)
     store = ActivationStore.open(job.store)
     train = job.config
-    d_in = store.spec.hook(job.hook).d_in
+    widths = [store.spec.hook(hook).d_in for hook in job.hooks]
     n_steps = train.n_tokens // train.batch_size
     sample = _sample(store, job, CALIBRATION_TOKENS // 16)
     trainer = Trainer(
-        build(sae_config(job.spec, d_in), seed=job.seed),
+        build(sae_config(job.spec, widths), seed=job.seed),
         TrainerConfig(
             lr=train.lr,
             warmup_fraction=train.warmup_fraction,
@@ -67,7 +69,7 @@ def train_worker(
         ),
         n_steps,
         device=device,
-        normalisers=[fit_normaliser(sample, train.normalize)],
+        normalisers=[fit_normaliser(part, train.normalize) for part in sample],
     )
     checkpoints = Path(job.checkpoints)
     found = latest_checkpoint(checkpoints)
@@ -75,32 +77,37 @@ def train_worker(
         trainer.load_state_dict(load_checkpoint(found))
     else:
         trainer.initialise(sample)
-    reader = ShuffledReader(
-        store,
-        job.hook,
-        split="train",
-        batch_size=train.batch_size,
-        seed=job.seed,
-        window_contexts=train.shuffle_contexts,
-        n_streams=train.streams,
-        max_same_context=train.max_same_context,
-        rank=rank,
-        world_size=world_size,
-        exclude_sinks=not job.sinks.train_on_them,
-        sink_multiple=job.sinks.multiple,
-        select=job.selection or None,
-        start_batch=trainer.step,
-    )
+    readers = [
+        ShuffledReader(
+            store,
+            hook,
+            split="train",
+            batch_size=train.batch_size,
+            seed=job.seed,
+            window_contexts=train.shuffle_contexts,
+            n_streams=train.streams,
+            max_same_context=train.max_same_context,
+            rank=rank,
+            world_size=world_size,
+            exclude_sinks=not job.sinks.train_on_them,
+            sink_multiple=job.sinks.multiple,
+            sink_hook=job.hooks[0],
+            select=job.selection or None,
+            start_batch=trainer.step,
+        )
+        for hook in job.hooks
+    ]
+    batches: Iterable[tuple[Tensor, ...]] = zip(*readers, strict=True)  # the same rows, since only the hooks differ
     with nullcontext() if rank else _Metrics(checkpoints / METRICS_FILE, trainer.step) as metrics:
 
         def on_step(step: StepMetrics) -> None:
             if metrics is None:
                 return
-            metrics.write(step, reader.expected_same_context)
+            metrics.write(step, readers[0].expected_same_context)
             if step.step % train.checkpoint_every == 0 or step.step == n_steps:
                 save_checkpoint(checkpoints, step.step, trainer.state_dict())
 
-        trainer.fit(reader, on_step)
+        trainer.fit(batches, on_step)
     if rank == 0:
         _finish(trainer, store, job)
     return last_line(checkpoints / METRICS_FILE)
@@ -110,22 +117,16 @@ def _finish(trainer: Trainer, store: ActivationStore, job: TrainJob) -> None:
     """Calibrate the inference threshold and write the trained dictionary."""
     sae = trainer.export()
     if (selecting := thresholded(sae)) is not None:
-        selecting.calibrate_threshold(_calibration(store, job, CALIBRATION_TOKENS))
-    Dictionary(sae, hook_name=job.hook, metadata=saelens_metadata(job.provenance)).save(
+        selecting.calibrate_threshold(
+            sae.input_and_target(batch)[0] for batch in _calibration(store, job, CALIBRATION_TOKENS)
+        )
+    Dictionary(sae, hook_names=job.hooks, metadata=saelens_metadata(job.provenance)).save(
         job.output, provenance=job.provenance, overwrite=True
     )
 
 
-def sae_config(spec: SAESpec, d_in: int) -> BatchTopKConfig | TopKConfig:
-    """The SAE that a config's entry asks for."""
-    d_sae = spec.d_sae or round(spec.expansion_factor * d_in)
-    if spec.architecture == "batchtopk":
-        return BatchTopKConfig(d_in=d_in, d_sae=d_sae, k=spec.k)
-    return TopKConfig(d_in=d_in, d_sae=d_sae, k=spec.k)
-
-
-def _calibration(store: ActivationStore, job: TrainJob, n_tokens: int) -> Iterator[Tensor]:
-    """Tokens that training may use, in store order (contexts are already shuffled), about `n_tokens` of them."""
+def _calibration(store: ActivationStore, job: TrainJob, n_tokens: int) -> Iterator[tuple[Tensor, ...]]:
+    """Activations of all hooks at about `n_tokens` tokens that training may use, in store order, which is shuffled."""
     start, stop = store.spec.split_range("train")
     step = max(1, 4096 // store.spec.context_length)
     found = 0
@@ -136,13 +137,14 @@ def _calibration(store: ActivationStore, job: TrainJob, n_tokens: int) -> Iterat
         chosen = selected(store, low, high, job.selection)
         found += int(chosen.sum())  # sinks too: contexts are read as whole as they are without a selection
         if not job.sinks.train_on_them:
-            chosen = kept(store, job.hook, low, high, job.sinks.multiple, job.selection)
-        yield store.activations(job.hook, low, high).float()[torch.from_numpy(chosen)]
+            chosen = kept(store, job.hooks[0], low, high, job.sinks.multiple, job.selection)
+        rows = torch.from_numpy(chosen)
+        yield tuple(store.activations(hook, low, high).float()[rows] for hook in job.hooks)
 
 
-def _sample(store: ActivationStore, job: TrainJob, n_tokens: int) -> Tensor:
-    """The same rows on every rank."""
-    return torch.cat(list(_calibration(store, job, n_tokens)))
+def _sample(store: ActivationStore, job: TrainJob, n_tokens: int) -> list[Tensor]:
+    """The same rows on every rank, of each hook."""
+    return [torch.cat(parts) for parts in zip(*_calibration(store, job, n_tokens), strict=True)]
 
 
 class _Metrics:

@@ -25,8 +25,10 @@ from torch import Tensor, nn
 
 from sae.base import SAE, SparseLatents
 from sae.config import SAEConfig, config_from_dict
+from sae.crosscoder import Crosscoder
 from sae.hooks import Edit, Passthrough, Tap, attach
 from sae.interop.saelens import from_saelens, to_saelens
+from sae.transcoder import Transcoder
 
 SCHEMA_VERSION = 1
 _CFG, _WEIGHTS, _SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.safetensors"
@@ -40,6 +42,8 @@ class Dictionary:
 
     Args:
         hook_name: the module whose activations the SAE reads, such as "model.layers.8".
+        hook_names: for an SAE of several hooks, one for each tensor of its training batches: a transcoder's input and
+            target, a crosscoder's sources. By default `hook_name` alone.
         metadata: written to cfg.json under `metadata`, where SAELens looks for model_name, context_size, dataset_path
             and prepend_bos.
     """
@@ -51,13 +55,15 @@ class Dictionary:
         sae: SAE,
         *,
         hook_name: str | None = None,
+        hook_names: Sequence[str] | None = None,
         metadata: Mapping[str, Any] | None = None,
         provenance: Mapping[str, Any] | None = None,
         metrics: Mapping[str, Any] | None = None,
         path: Path | None = None,
     ) -> None:
         self.sae = sae
-        self.hook_name = hook_name
+        self.hook_names = tuple(hook_names or ([] if hook_name is None else [hook_name]))
+        self.hook_name = self.hook_names[0] if self.hook_names else None
         self.metadata = dict(metadata or {})
         self.provenance = dict(provenance or {})
         self.metrics = dict(metrics or {})
@@ -71,6 +77,16 @@ class Dictionary:
         if self.hook_name is None:
             raise ValueError("This dictionary does not record its hook. Pass `hook_name`, such as 'model.layers.8'.")
         return self.hook_name
+
+    @property
+    def input_hooks(self) -> tuple[str, ...]:
+        """The hooks whose activations `encode` takes, joined: one, but for a crosscoder."""
+        return self.hook_names if isinstance(self.sae, Crosscoder) else self.hook_names[:1]
+
+    @property
+    def output_hooks(self) -> tuple[str, ...]:
+        """The hooks that are reconstructed: those of the input, but for a transcoder."""
+        return self.hook_names[1:] if isinstance(self.sae, Transcoder) else self.input_hooks
 
     @property
     def config(self) -> SAEConfig:
@@ -140,6 +156,11 @@ class Dictionary:
     ) -> AbstractContextManager[Tap]:
         """Read, splice or edit at this dictionary's hook while a `with` block lasts; see `sae.hooks.attach`."""
         name = hook_name or self.required_hook_name
+        if len(self.hook_names) > 1 and (splice or edits or len(self.input_hooks) > 1):
+            raise ValueError(
+                f"`attach` works at one hook, but this {self.config.architecture} has {', '.join(self.hook_names)}. "
+                "Read a transcoder's latents without `splice` and `edits`, or call `sae` yourself."
+            )
         return attach(model, self.sae, name, splice=splice, error=error, edits=edits, passthrough=passthrough)
 
     # ---- folders --------------------------------------------------------------------------------------------------
@@ -182,6 +203,7 @@ class Dictionary:
         return cls(
             sae.to(device).requires_grad_(False),
             hook_name=record.get("hook_name") or metadata.get("hf_hook_name") or metadata.get("hook_name"),
+            hook_names=record.get("hook_names"),
             metadata=metadata,
             provenance=record.get("provenance"),
             metrics=record.get("metrics"),
@@ -219,6 +241,8 @@ class Dictionary:
         provenance = self.provenance if provenance is None else dict(provenance)
         metrics = self.metrics if metrics is None else dict(metrics)
         metadata = self.metadata | ({"hook_name": self.hook_name} if self.hook_name else {})
+        if len(self.hook_names) > 1:
+            metadata |= {"hook_name_out": self.output_hooks[0], "hook_names": list(self.hook_names)}
         cfg, tensors = to_saelens(self.sae, metadata)
         cfg_bytes = _json_bytes(cfg)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -237,6 +261,7 @@ class Dictionary:
                 "schema_version": SCHEMA_VERSION,
                 "config": asdict(self.config),
                 "hook_name": self.hook_name,
+                "hook_names": list(self.hook_names),
                 "provenance": provenance,
                 "metrics": metrics,
                 "sha256": {_CFG: hashlib.sha256(cfg_bytes).hexdigest(), _WEIGHTS: _sha256(staging / _WEIGHTS)},

@@ -94,6 +94,7 @@ class ShuffledReader:
         world_size: int = 1,
         exclude_sinks: bool = True,
         sink_multiple: float = SINK_MULTIPLE,
+        sink_hook: str | None = None,
         select: Mapping[str, Collection[int]] | None = None,
         max_same_context: float | None = None,
         epochs: int | None = None,
@@ -104,6 +105,8 @@ class ShuffledReader:
             batch_size: rows of a global batch, over all ranks; a multiple of `n_streams`.
             window_contexts: most contexts that are shuffled together.
             n_streams: V; a multiple of `world_size`.
+            sink_hook: whose norms say which tokens are sinks, by default `hook`'s. Readers that differ in nothing but
+                `hook` give the same rows.
             select: give only tokens whose value in each named table is among the given ones (`ActivationStore.select`).
             max_same_context: refuse settings whose `expected_same_context` is greater, if a larger window could help.
             epochs: passes over the split; None repeats forever.
@@ -114,6 +117,7 @@ class ShuffledReader:
         """
         self.store = store
         self.hook = store.spec.hook(hook).name
+        self.sink_hook = store.spec.hook(sink_hook or hook).name
         self.split: Split = split
         self.batch_size, self.seed, self.window_contexts = batch_size, seed, window_contexts
         self.n_streams, self.rank, self.world_size = n_streams, rank, world_size
@@ -299,7 +303,7 @@ class ShuffledReader:
     def _usable_mask(self, run: Run) -> NDArray[np.bool_]:
         """Rows that may be given, bool [n_contexts, context_length]."""
         unwanted = np.uint8(PADDING | SINK if self.exclude_sinks else PADDING)
-        mask = self.store.mask(self.hook, run.start, run.stop, self.sink_multiple)
+        mask = self.store.mask(self.sink_hook, run.start, run.stop, self.sink_multiple)
         usable: NDArray[np.bool_] = mask & unwanted == 0
         if self.select is not None:
             usable &= self.store.select(self.select, run.start, run.stop)
@@ -331,7 +335,7 @@ class ShuffledReader:
         """Everything that a batch depends on besides its number."""
         names = (
             *("hook", "split", "batch_size", "seed", "window_contexts", "n_streams"),
-            *("exclude_sinks", "sink_multiple", "select"),
+            *("exclude_sinks", "sink_multiple", "sink_hook", "select"),
         )
         return {"fingerprint": self.store.spec.fingerprint, "order": self._plan.order} | {
             name: getattr(self, name) for name in names

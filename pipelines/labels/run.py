@@ -39,7 +39,9 @@ def label(config: RunConfig, run: RunDir, ui: Reporter) -> dict[str, dict[str, A
         )
         run.labels(name).mkdir(parents=True, exist_ok=True)
         # The logit lens reads a direction of the residual stream; other hooks have another width or meaning.
-        unembedding = lm.unembedding() if config.hook_of(name).partition(":")[0].rpartition(".")[2].isdigit() else None
+        written = dictionary.output_hooks
+        in_stream = len(written) == 1 and written[0].partition(":")[0].rpartition(".")[2].isdigit()
+        unembedding = lm.unembedding() if in_stream else None
         try:
             summary = label_dictionary(
                 store,

@@ -100,7 +100,8 @@ def test_all_problems_are_reported_at_once(load, raw):
     assert "`model` is missing" in message
     assert "unknown key `sed`; the nearest valid key is `seed`" in message
     assert "`collect.heldout_fraction`: Input should be less than 1 (got 2)" in message
-    assert "`saes.main.architecture`: Input should be 'batchtopk' or 'topk' (got 'vanilla')" in message
+    assert "`saes.main.architecture`: Input should be 'standard'," in message
+    assert "'transcoder' or 'crosscoder' (got 'vanilla')" in message
 
 
 def test_train_and_dictionary_exclude_each_other(load, raw):
