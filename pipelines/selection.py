@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.chat import ROLES
-from storage import ActivationStore
 
 if TYPE_CHECKING:
     from pipelines.config import SelectConfig, TextSource
+    from storage import ActivationStore
 
 Selection = Mapping[str, Collection[int]]
 """Allowed values by table; every table must agree. Empty: all tokens."""
@@ -49,13 +49,13 @@ def selection_of(select: "SelectConfig | None", sources: "Sequence[TextSource]")
 
 
 def kept(
-    store: ActivationStore, hook: str, start: int, stop: int, sink_multiple: float, selection: Selection | None = None
+    store: "ActivationStore", hook: str, start: int, stop: int, sink_multiple: float, selection: Selection | None = None
 ) -> NDArray[np.bool_]:
     """Tokens of contexts [start, stop) that are selected and no sinks, bool [stop - start, context_length]."""
     return selected(store, start, stop, selection) & ~store.sink_mask(hook, start, stop, sink_multiple)
 
 
-def selected(store: ActivationStore, start: int, stop: int, selection: Selection | None = None) -> NDArray[np.bool_]:
+def selected(store: "ActivationStore", start: int, stop: int, selection: Selection | None = None) -> NDArray[np.bool_]:
     """Tokens of contexts [start, stop) that are selected, sinks too."""
     return store.select(selection or {}, start, stop)
 
