@@ -18,9 +18,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import random
-import threading
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from numpy.typing import NDArray
 
 from storage.backends import Buffer, as_bytes, check_url
 from storage.errors import AlreadyExistsError, NotFoundError, StorageError
+from storage.ranges import RangeReader, RemoteFile
 
 if TYPE_CHECKING:
     from obstore.store import MemoryStore, ObjectStore
@@ -42,6 +42,8 @@ PART_BYTES = 16 * 2**20
 """Size of the requests that a large file is put and read in."""
 N_PARALLEL = 4
 """Requests under way at once for one file; an upload holds that many parts in memory."""
+CONFLICTS = 20
+"""Conditional puts in a row that may be refused although nothing stands at their name."""
 MARKER = ".creating"
 """Stands while a store is being created and holds the digest of its first file, so that creators of one store finish
 each other's work and those of another stop."""
@@ -76,7 +78,7 @@ class ObjectBackend:
         self._store = store
         self._url = url.rstrip("/")
         self._patience = patience or Patience()
-        self._cache = _RangeCache(cache_bytes)
+        self._ranges = RangeReader(self._fetch, cache_bytes)
 
     @classmethod
     def from_url(cls, url: str, *, patience: Patience | None = None) -> ObjectBackend:
@@ -164,36 +166,26 @@ class ObjectBackend:
         file = self.open(key)
         return file[0 : file.size]
 
-    def open(self, key: str) -> ObjectFile:
+    def open(self, key: str) -> RemoteFile:
         size = self.size(key)
         if size is None:
             raise NotFoundError(f"There must be a file at {self.location(key)}, but there is none.")
-        return ObjectFile(self, key, size)
+        return RemoteFile(self._ranges, key, size)
 
-    def read_range(self, key: str, start: int, stop: int) -> NDArray[np.uint8]:
-        """Bytes [start, stop) of a file that has as many, read-only; recently read ranges are kept.
-
-        Raises: NotFoundError.
-        """
-        if start >= stop:
-            return np.empty(0, np.uint8)
-        cached = self._cache.get((key, start, stop))
-        if cached is not None:
-            return cached
+    def _fetch(self, key: str, start: int, stop: int) -> NDArray[np.uint8]:
+        """Bytes [start, stop) of a file that has as many, read-only; in several requests if they are many."""
         if stop - start <= PART_BYTES:
-            data = self._get_range(key, start, stop)
-        else:
-            data = np.empty(stop - start, np.uint8)
-            with ThreadPoolExecutor(N_PARALLEL) as pool:
+            return self._get_range(key, start, stop)
+        data = np.empty(stop - start, np.uint8)
 
-                def fetch(low: int) -> None:
-                    high = min(low + PART_BYTES, stop)
-                    data[low - start : high - start] = self._get_range(key, low, high)
+        def fetch(low: int) -> None:
+            high = min(low + PART_BYTES, stop)
+            data[low - start : high - start] = self._get_range(key, low, high)
 
-                for _ in pool.map(fetch, range(start, stop, PART_BYTES)):
-                    pass
-            data.flags.writeable = False
-        self._cache.put((key, start, stop), data)
+        with ThreadPoolExecutor(N_PARALLEL) as pool:
+            for _ in pool.map(fetch, range(start, stop, PART_BYTES)):
+                pass
+        data.flags.writeable = False
         return data
 
     def _get_range(self, key: str, start: int, stop: int) -> NDArray[np.uint8]:
@@ -250,6 +242,7 @@ class ObjectBackend:
             self._call(source, lambda obstore: obstore.copy(self._store, source, key))
         except NotFoundError:
             return False
+        self._ranges.forget(key)
         self._delete([source])
         return True
 
@@ -260,7 +253,7 @@ class ObjectBackend:
 
     def _delete(self, keys: Sequence[str]) -> None:
         for key in keys:
-            self._cache.forget(key)
+            self._ranges.forget(key)
         try:
             self._call(keys[0] if keys else "", lambda obstore: obstore.delete(self._store, keys))
         except NotFoundError:  # unlike S3, other stores cannot delete again what is gone
@@ -272,11 +265,20 @@ class ObjectBackend:
         """Creates an object unless another one has the name; True if what stands there is what was given."""
         from obstore.exceptions import AlreadyExistsError, PreconditionError
 
-        try:
-            self._call(key, lambda obstore: obstore.put(self._store, key, data, mode="create", use_multipart=False))
-        except (AlreadyExistsError, PreconditionError):
-            return self.read(key) == data
-        return True
+        for _ in range(CONFLICTS):
+            try:
+                self._call(key, lambda obstore: obstore.put(self._store, key, data, mode="create", use_multipart=False))
+            except (AlreadyExistsError, PreconditionError):
+                try:
+                    return self.read(key) == data
+                except NotFoundError:  # a rival's put was under way and came to nothing, or what stood there is removed
+                    time.sleep(self._patience.first_wait_s)
+                    continue
+            return True
+        raise StorageError(
+            f"The object store must either create {self.location(key)} or show what stands there, but {CONFLICTS} "
+            "times it did neither. Run the same command again."
+        )
 
     def _call(self, key: str, request: Callable[[Any], T], *, repeat: bool = True) -> T:
         """Sends a request, again after failures that may pass; obstore itself repeats those it knows to be harmless.
@@ -312,51 +314,6 @@ class ObjectBackend:
             f"repeated for {self._patience.budget_s:g} s). Last cause: {_cause(error)} Nothing that was committed is "
             "lost: check endpoint, credentials and network, then run the same command again."
         )
-
-
-class ObjectFile:
-    """A file of a store, of which ranges are read as they are asked for; stands in for the array that `map` gives."""
-
-    def __init__(self, backend: ObjectBackend, key: str, size: int) -> None:
-        self.size = size
-        self._backend = backend
-        self._key = key
-
-    def __getitem__(self, range_: slice) -> NDArray[np.uint8]:
-        start, stop, _ = range_.indices(self.size)
-        return self._backend.read_range(self._key, start, stop)
-
-
-class _RangeCache:
-    """The most recently used ranges of files, up to a number of bytes."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._held = 0
-        self._ranges: OrderedDict[tuple[str, int, int], NDArray[np.uint8]] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, name: tuple[str, int, int]) -> NDArray[np.uint8] | None:
-        with self._lock:
-            data = self._ranges.get(name)
-            if data is not None:
-                self._ranges.move_to_end(name)
-            return data
-
-    def put(self, name: tuple[str, int, int], data: NDArray[np.uint8]) -> None:
-        if data.nbytes > self._max_bytes // 4:  # one large file must not drive out everything else
-            return
-        with self._lock:
-            if name not in self._ranges:
-                self._ranges[name] = data
-                self._held += data.nbytes
-            while self._held > self._max_bytes:
-                self._held -= self._ranges.popitem(last=False)[1].nbytes
-
-    def forget(self, key: str) -> None:
-        with self._lock:
-            for name in [name for name in self._ranges if name[0] == key]:
-                self._held -= self._ranges.pop(name).nbytes
 
 
 def _parts(views: Iterable[memoryview]) -> Iterator[memoryview]:

@@ -19,9 +19,17 @@ from typing import Any, Literal
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
 from werkzeug.serving import make_server
 
-STATUS = {"refuse": 503, "throttle": 429, "break": 500, "forbid": 403}
+STATUS = {"refuse": 503, "throttle": 429, "break": 500, "forbid": 403, "conflict": 409}
 Fault = Literal[
-    "refuse", "throttle", "break", "forbid", "lose the request", "lose the answer", "cut the answer", "stall"
+    "refuse",
+    "throttle",
+    "break",
+    "forbid",
+    "conflict",
+    "lose the request",
+    "lose the answer",
+    "cut the answer",
+    "stall",
 ]
 """The status above; a connection reset before, or after, the request was carried out; half of an answer; none."""
 Policy = Callable[[str, str], Fault | None]

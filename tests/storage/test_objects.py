@@ -1,4 +1,5 @@
 import random
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +12,13 @@ from backend_contract import files
 
 from storage import ActivationStore, HookSpec, StorageError, StoreSpec, verify
 from storage.backends import backend_for
-from storage.objects import ObjectBackend, Patience, _RangeCache
+from storage.objects import ObjectBackend, Patience
+from storage.ranges import RangeReader
 from tests.s3_server import Fault, FaultyProxy, Policy, S3Server, environment
 
 PATIENT = Patience(budget_s=20, timeout_s=1.0, first_wait_s=0.01, max_wait_s=0.05)
 HASTY = Patience(budget_s=0.3, timeout_s=0.2, first_wait_s=0.01, max_wait_s=0.05)
-PASSING = [fault for fault in get_args(Fault) if fault != "forbid"]
+PASSING = [fault for fault in get_args(Fault) if fault not in ("forbid", "conflict")]
 
 Through = Callable[[Policy, Patience], tuple[ObjectBackend, FaultyProxy]]
 
@@ -83,6 +85,25 @@ def test_lost_answer_to_a_conditional_put_does_not_lose_the_decision(through: Th
     lose.append("commits/0")
     assert backend.publish("staging/b", "commits/0") is False
     assert backend.read("commits/0") == b"a"
+
+
+def test_conditional_put_that_conflicts_with_one_under_way_is_repeated(through: Through) -> None:
+    left = [3]
+
+    def policy(method: str, path: str) -> Fault | None:
+        if method == "PUT" and path.endswith("commits/0") and left[0]:
+            left[0] -= 1
+            return "conflict"
+        return None
+
+    backend, _ = through(policy, PATIENT)
+    backend.write("staging/a", [b"a"])
+    assert backend.publish("staging/a", "commits/0") is True
+    assert backend.read("commits/0") == b"a"
+    left[0] = 1000
+    backend.remove("commits/0")
+    with pytest.raises(StorageError, match=r"must either create .*/commits/0 or show what stands there"):
+        backend.publish("staging/a", "commits/0")
 
 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
@@ -187,20 +208,45 @@ def test_reading_one_context_does_not_fetch_its_shard() -> None:
     assert backend.fetched < 2**21 + 200
 
 
+def test_file_that_is_read_in_order_is_fetched_ahead_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, spec = large_store("memory://ahead", 2)
+    store = ActivationStore.open(backend.location(), backend=backend)
+    fetched: list[tuple[str, int, int]] = []
+    honest = backend._get_range
+
+    def recording(key: str, start: int, stop: int) -> np.ndarray:
+        fetched.append((key, start, stop))
+        return honest(key, start, stop)
+
+    monkeypatch.setattr(backend, "_get_range", recording)
+    assert (store.activations_numpy("h", 0, 2) == 1).all()
+    while backend._ranges._under_way:
+        time.sleep(0.001)
+    chunks = [entry for entry in fetched if entry[2] - entry[1] > 2**20]
+    assert len(chunks) == 4  # two asked for, two ahead, none past the end of the shard
+    for context in range(spec.n_contexts):
+        assert (store.activations_numpy("h", context, context + 1) == context // 4 + 1).all()
+    chunks = [entry for entry in fetched if entry[2] - entry[1] > 2**20]
+    assert len(chunks) == len(set(chunks)) == 8
+
+
 def test_memory_for_reading_does_not_grow_with_the_store() -> None:
     backend, spec = large_store("memory://bounded", 4)
-    backend._cache = _RangeCache(9 * 2**20)
+    ranges = backend._ranges = RangeReader(backend._fetch, 9 * 2**20)
     store = ActivationStore.open(backend.location(), backend=backend)
     for context in range(spec.n_contexts):
         assert (store.activations_numpy("h", context, context + 1) == context // 4 + 1).all()
-        assert backend._cache._held == sum(data.nbytes for data in backend._cache._ranges.values()) <= 9 * 2**20
-    assert len(backend._cache._ranges) >= 4
+        with ranges._lock:
+            kept, held_bytes = list(ranges._kept.values()), ranges.held_bytes
+        assert held_bytes <= 9 * 2**20
+        assert sum(data.nbytes for data in kept) <= 9 * 2**20
+    assert len(kept) >= 4
 
 
 def test_fetched_chunk_is_tested_each_time_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = Counting.from_url("memory://flipped")
     example_store.build("memory://flipped", backend=backend)
-    backend._cache = _RangeCache(0)
+    backend._ranges = RangeReader(backend._fetch, 0)
     store = ActivationStore.open("memory://flipped", backend=backend)
     store.activations_numpy(example_store.WIDE, 0, 4)
     honest = backend._get_range
