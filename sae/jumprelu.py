@@ -6,11 +6,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sae.base import SAE
+from sae.base import SAE, SparseLatents
 from sae.config import JumpReLUConfig
 from sae.dense_objective import dense_losses, shifted_pre_acts, warmed_up
+from sae.kernels.select import select_above_each
 from sae.losses import reconstruction_loss
 from sae.objective import StepContext, StepLosses
+from sae.sparse_objective import decode, live_latents, step_losses, training_encoder
+
+_MAX_DENSITY = 0.1
+"""Share of pre-activations active or within reach of their threshold up to which the sparse path is the faster one."""
 
 
 class JumpReLUSAE(SAE):
@@ -73,6 +78,10 @@ class JumpReLUSAE(SAE):
     ) -> StepLosses:
         """Reconstruction, and the configured penalty by straight-through estimates."""
         config = self.config
+        if config.penalty == "l0":
+            sparse = self._sparse_objective(x, target, context)
+            if sparse is not None:
+                return sparse
         pre_acts = shifted_pre_acts(self, x)
         to_input = config.penalty == "tanh"
         latent_acts: Tensor = _JumpReLU.apply(pre_acts, self.threshold, config.window, to_input)  # type: ignore[no-untyped-call]
@@ -87,6 +96,31 @@ class JumpReLUSAE(SAE):
             below = (self.threshold - pre_acts).relu().sum() / (context.n_tokens * context.variance)
             total = reconstruction + weight * saturating + config.pre_act_coefficient * below
         return dense_losses(total, reconstruction, latent_acts)
+
+    def _sparse_objective(
+        self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"], context: StepContext
+    ) -> StepLosses | None:
+        """The "l0" objective from the pre-activations above θ − ε/2 alone: no other has a gradient or is active.
+
+        Returns: None where they are too many for this to be faster, as at the start of training.
+        """
+        config = self.config
+        encoder = training_encoder(self, x)
+        lower = self.threshold.detach() - 0.51 * config.window  # a little more than ε/2, for rounding
+        near = select_above_each(encoder, lower, _MAX_DENSITY)
+        if near is None:
+            return None
+        live = live_latents(self, encoder, near)
+        value, threshold = live.value.unsqueeze(0), self.threshold[live.latent]
+        latent_acts: Tensor = _JumpReLU.apply(value, threshold, config.window, False)  # type: ignore[no-untyped-call]
+        active: Tensor = _Step.apply(value, threshold, config.window)  # type: ignore[no-untyped-call]
+        x_hat = decode(SparseLatents(live.row, live.latent, latent_acts.squeeze(0)), self.W_dec, self.b_dec, len(x))
+        reconstruction = reconstruction_loss(target, x_hat, context.variance, context.n_tokens)
+        weight = warmed_up(config.sparsity_coefficient, context, config.warmup)
+        total = reconstruction + weight * active.sum() / context.n_tokens
+        on = active.detach().squeeze(0) > 0
+        kept = SparseLatents(live.row[on], live.latent[on], live.value.detach()[on])
+        return step_losses(total, reconstruction, kept, self.d_sae)
 
 
 def _window(pre_acts: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:

@@ -137,6 +137,37 @@ def select_rows(start, stop, keys, k, lowest, slack, latents, counts):
 
 @_compiled
 @no_type_check
+def select_above_each(start, stop, pre_acts, lower, latents, counts):
+    """The entries of each row above the bound of their own latent, ascending.
+
+    Args:
+        lower: (d_sae) float32, one bound a latent.
+        latents: (rows, capacity), written up to counts[row].
+        counts: entries found; more than `capacity` means that the rest was left out.
+    """
+    width, capacity = pre_acts.shape[1], latents.shape[1]
+    n_whole = width // _VECTOR
+    for r in range(start, stop):
+        row = pre_acts[r]
+        n = 0
+        for s in range(n_whole + 1):
+            part = row[s * _VECTOR : min((s + 1) * _VECTOR, width)]
+            bounds = lower[s * _VECTOR : min((s + 1) * _VECTOR, width)]
+            n_above = np.int32(0)
+            for c in range(len(part)):
+                n_above += part[c] > bounds[c]
+            if n_above == 0:
+                continue
+            for c in range(len(part)):
+                if part[c] > bounds[c]:
+                    if n < capacity:
+                        latents[r, n] = s * _VECTOR + c
+                    n += 1
+        counts[r] = n
+
+
+@_compiled
+@no_type_check
 def nth_largest(keys, n_keep):
     """The n_keep-th largest of int32 keys of at least 0, and how many keys lie above it; needs n_keep <= len(keys)."""
     kth = np.int64(0)

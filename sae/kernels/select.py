@@ -9,6 +9,7 @@ Ties go to the lowest flat index, row * d_sae + latent.
 """
 
 from functools import cache
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -90,12 +91,12 @@ def _search(encoder: Encoder, k: int, bound: float, bf16: bool) -> SparseLatents
     d_sae, dtype = W_enc.shape[1], torch.bfloat16 if bf16 else torch.float32
     by_latent = W_enc.t().contiguous().numpy()
     low = tuple(tensor.to(dtype) for tensor in (x, W_enc, b_enc))
-    lowest = np.int32(max(1, (_key(bound) >> 16) - _BF16_SLACK) if bf16 else _key(bound) + 1)
+    lowest = np.int32(max(1, (_key(bound) >> 16) - _BF16_SLACK) if bf16 else max(1, _key(bound) + 1))
     slack = np.int32(_BF16_SLACK if bf16 else 0)
     capacity = min(d_sae, (2 * k if bf16 else k) or 256)
     n_rows = min(_block_rows(encoder), len(x))
     buffer = torch.empty(n_rows, d_sae, dtype=dtype)
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    parts: list[SparseLatents] = []
     for start in range(0, len(x), n_rows):
         block = torch.addmm(low[2], low[0][start : start + n_rows], low[1], out=buffer[: min(n_rows, len(x) - start)])
         keys = block.view(torch.int16 if bf16 else torch.int32).numpy()
@@ -116,16 +117,51 @@ def _search(encoder: Encoder, k: int, bound: float, bf16: bool) -> SparseLatents
             share_evenly(loops.prune, n_block, n_found, latents, values, counts, k, np.float32(bound))
         else:
             share_evenly(loops.take, n_block, n_found, block.numpy(), latents, counts, values)
-        offsets = np.zeros(n_block + 1, np.int64)
-        np.cumsum(counts, out=offsets[1:])
-        part = (
-            torch.empty(offsets[-1], dtype=torch.int64),
-            torch.empty(offsets[-1], dtype=torch.int64),
-            torch.empty(offsets[-1], dtype=torch.float32),
-        )
-        flat = (tensor.numpy() for tensor in part)
-        share_evenly(loops.flatten, n_block, n_found, latents, values, counts, offsets, start, *flat)
-        parts.append(part)
+        parts.append(_flattened(loops, latents, values, counts, start))
+    return SparseLatents(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+
+def _flattened(
+    loops: ModuleType, latents: np.ndarray, values: np.ndarray, counts: np.ndarray, first_row: int
+) -> SparseLatents:
+    """The first counts[row] entries of each row of the tables (rows, capacity), one after the other."""
+    offsets = np.zeros(len(counts) + 1, np.int64)
+    np.cumsum(counts, out=offsets[1:])
+    n = int(offsets[-1])
+    found = SparseLatents(torch.empty(n, dtype=torch.int64), torch.empty(n, dtype=torch.int64), torch.empty(n))
+    flat = (tensor.numpy() for tensor in found)
+    share_evenly(loops.flatten, len(counts), n, latents, values, counts, offsets, first_row, *flat)
+    return found
+
+
+def select_above_each(encoder: Encoder, lower: Float[Tensor, " d_sae"], max_density: float) -> SparseLatents | None:
+    """All pre-activations strictly above the bound of their latent, in row-major order, negative ones included.
+
+    Returns: None as soon as a block of tokens has more than `max_density` of all its pre-activations above the bounds,
+        or the compiled loops find a token with more than four times that: dense products are then faster.
+    """
+    x, W_enc, b_enc = encoder.x_centred.detach().contiguous(), encoder.W_enc.detach(), encoder.b_enc.detach()
+    loops = usable(x, W_enc, b_enc, lower)
+    capacity = min(len(b_enc), max(64, int(4 * max_density * len(b_enc))))
+    n_rows = _block_rows(encoder)
+    parts = []
+    for start in range(0, len(x), n_rows):
+        block = torch.addmm(b_enc, x[start : start + n_rows], W_enc)
+        if loops is None:
+            row, latent = (block > lower).nonzero(as_tuple=True)
+            found = SparseLatents(row + start, latent, block[row, latent])
+        else:
+            latents, counts = np.empty((len(block), capacity), np.int32), np.empty(len(block), np.int64)
+            tables = (block.numpy(), lower.detach().contiguous().numpy())
+            share_evenly(loops.select_above_each, len(block), block.numel(), *tables, latents, counts)
+            if counts.max() > capacity or counts.sum() > max_density * block.numel():
+                return None
+            values = np.empty((len(block), capacity), np.float32)
+            share_evenly(loops.take, len(block), int(counts.sum()), tables[0], latents, counts, values)
+            found = _flattened(loops, latents, values, counts, start)
+        if len(found.value) > max_density * block.numel():
+            return None
+        parts.append(found)
     return SparseLatents(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
 

@@ -24,11 +24,12 @@ from sae import (
     Transcoder,
     build,
     fit_normaliser,
+    jumprelu,
 )
-from sae.kernels import reference
+from sae.kernels import loops, reference
 from sae.losses import total_variance
 from sae.normalise import Normalisation
-from sae.objective import StepContext
+from sae.objective import StepContext, StepLosses
 from sae.parallel import Group
 
 every = pytest.mark.parametrize("config", ALL.values(), ids=ALL)
@@ -118,6 +119,35 @@ def test_jumprelu_threshold_gradient_is_the_papers_pseudo_derivative(penalty: st
             expected += 3e-6 * (pre_acts < theta).sum(0) / (n * variance)
     assert int(near.sum()) > 3
     torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("form", ["compiled", "torch"])
+def test_jumprelu_sparse_path_equals_the_dense_one(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss, counts and every gradient, with thresholds below half a bandwidth too; the density decides on the path."""
+    if form == "torch":
+        monkeypatch.setattr(loops, "_compiled", lambda: None)
+    sae = random_sae(ALL["jumprelu"])
+    assert isinstance(sae, JumpReLUSAE)
+    with torch.no_grad():
+        sae.threshold[::2] = 0.3 * sae.config.window
+    x, target = sae.input_and_target(batch(ALL["jumprelu"], 512))
+    parameters = list(sae.parameters())
+
+    def taken(max_density: float) -> tuple[StepLosses, tuple[torch.Tensor, ...]]:
+        monkeypatch.setattr(jumprelu, "_MAX_DENSITY", max_density)
+        losses = sae.objective(x, target, context(target))
+        return losses, torch.autograd.grad(losses.total, parameters)
+
+    assert sae._sparse_objective(x, target, context(target)) is None
+    (sparse, sparse_grads), (dense, dense_grads) = taken(1.0), taken(0.0)
+    assert sae._sparse_objective(x, target, context(target)) is None
+    torch.testing.assert_close(sparse.total, dense.total)
+    torch.testing.assert_close(sparse.reconstruction, dense.reconstruction)
+    assert torch.equal(sparse.fired, dense.fired)
+    assert int(sparse.n_active) == int(dense.n_active)
+    for mine, theirs in zip(sparse_grads, dense_grads, strict=True):
+        assert float(theirs.abs().max()) > 0
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
 
 
 def test_jumprelu_loss_by_hand() -> None:
