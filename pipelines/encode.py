@@ -112,6 +112,10 @@ def pool_documents(
         if bar is not None:
             bar.advance(1)
     documents = np.array(sorted(best), dtype=np.int64)
+    if not best:
+        return documents, Pooled(
+            np.empty((0, dictionary.d_sae), np.float32), np.empty((0, dictionary.d_in), np.float32), documents, 0
+        )
     rows = [(best[row][0].numpy(), (best[row][1] / best[row][2]).numpy(), best[row][2]) for row in documents.tolist()]
     return documents, _stack(rows, 0)
 

@@ -21,6 +21,7 @@ from pipelines.dictionaries import dictionary_files, dictionary_provenance, impo
 from pipelines.errors import RunError, UsageError
 from pipelines.progress import Reporter
 from pipelines.rundir import RunDir
+from pipelines.selection import Selection, selected
 from pipelines.stores import absolute
 from pipelines.train_worker import METRICS_FILE, TrainJob, last_line, train_worker
 from storage import ActivationStore
@@ -32,7 +33,7 @@ def train(config: RunConfig, run: RunDir, ui: Reporter) -> dict[str, dict[str, A
     if config.train is None:
         return {name: import_dictionary(config, run, name, store) for name in config.saes}
     check_settings(config, {hook.name: hook.d_in for hook in store.spec.hooks})
-    _require_one_batch(config.train, store)
+    _require_one_batch(config.train, store, config.selection("train"))
     figures = {}
     for name in config.saes:
         if not _is_trained(run, name):
@@ -125,12 +126,23 @@ def _mixing_problems(train: TrainConfig, collect: CollectConfig) -> list[str]:
     ]
 
 
-def _require_one_batch(train: TrainConfig, store: ActivationStore) -> None:
+def _require_one_batch(train: TrainConfig, store: ActivationStore, selection: Selection) -> None:
     n_train = store.spec.n_train_contexts * store.spec.context_length
     if n_train < train.batch_size:
         raise UsageError(
             f"the store has {n_train:,} training tokens, too few for one batch of {train.batch_size:,}: "
             "collect more documents (collect.n_tokens) or lower train.batch_size"
+        )
+    if not selection:
+        return
+    steps = range(0, store.spec.n_train_contexts, 4096)
+    n_selected = sum(
+        int(selected(store, low, min(low + 4096, store.spec.n_train_contexts), selection).sum()) for low in steps
+    )
+    if n_selected < train.batch_size:
+        raise UsageError(
+            f"train.select leaves {n_selected:,} of {n_train:,} training tokens, too few for one batch of "
+            f"{train.batch_size:,}: select more, collect more documents (collect.n_tokens) or lower train.batch_size"
         )
 
 

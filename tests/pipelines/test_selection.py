@@ -2,24 +2,27 @@ import json
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from chats import CHATML
 from dictionaries import random_dictionary
 from pydantic import ValidationError
 
+from pipelines.audit.run import audit
 from pipelines.chat import ROLES
 from pipelines.collect import Harvester, open_store, prepare_store
 from pipelines.config import RunConfig
 from pipelines.documents import documents_of
 from pipelines.encode import pool_documents
-from pipelines.errors import RunError
-from pipelines.evaluate import evaluate_reconstruction, evaluate_splice
+from pipelines.errors import RunError, UsageError
+from pipelines.evaluate import evaluate, evaluate_reconstruction, evaluate_splice
+from pipelines.labels.run import label
 from pipelines.labels.stage import read_token_table
 from pipelines.progress import SilentReporter
 from pipelines.rundir import RunDir
 from pipelines.selection import kept, selected
-from pipelines.train import make_job
+from pipelines.train import make_job, train
 from pipelines.train_worker import _sample, train_worker
 from sae.metrics import FVU
 from storage import ShuffledReader
@@ -188,16 +191,67 @@ def test_pools_and_labels_see_selected_tokens(chat_store):
     assert (table.usable == everything.reshape(-1)).all()
 
 
+@pytest.fixture
+def with_dictionary(run, chat_store, tmp_path):
+    """A fresh run on the store, with a random dictionary in the place of a trained one, and its config."""
+    fresh = RunDir(tmp_path / "run")
+    random_dictionary(HOOK).save(fresh.trained("main"))
+
+    def make(config, **select):
+        chosen = run_config(config, **select)
+        collect = chosen.collect.model_copy(update={"store": str(run.store_path)})
+        return chosen.model_copy(update={"collect": collect})
+
+    return fresh, make
+
+
+def test_evaluate_stage_takes_its_selection_from_the_config(config, with_dictionary, chat_store):
+    run, make = with_dictionary
+    figures = evaluate(make(config, evaluate={"role": "assistant"}), run, SilentReporter())["main"]
+    start, stop = chat_store.spec.split_range("heldout")
+    assert figures["n_heldout_tokens_all"] == selected(chat_store, start, stop, ASSISTANT).sum()
+
+
+def test_label_stage_takes_its_selection_from_the_config(config, with_dictionary):
+    run, make = with_dictionary
+    firings = []
+    for stage in ({}, {"label": {"role": "assistant"}}):
+        label(make(config, **stage), run, SilentReporter())
+        table = pq.read_table(run.labels("main") / "features.parquet")
+        firings.append(sum(table["n_train_active"].to_pylist()))
+    assert 0 < firings[1] < firings[0] / 2
+
+
+def test_audit_stage_takes_its_selection_from_the_config(config, with_dictionary, tmp_path):
+    run, make = with_dictionary
+    (tmp_path / "birds.yaml").write_text("{name: birds, topic: {positive: birds}}")
+    raw = config | {"audit": {"concepts": [str(tmp_path / "birds.yaml")]}}
+    with pytest.raises(UsageError, match=r"audit\.select leaves no document of the held-out corpus: correct it"):
+        audit(make(raw, audit={"turn": [99]}), run, SilentReporter())
+    with pytest.raises(UsageError, match="birds"):  # no chat has a topic
+        audit(make(raw, audit={"source": "chats"}), run, SilentReporter())
+
+
+def test_selection_with_less_than_a_batch_is_refused_before_training(config, with_dictionary):
+    run, make = with_dictionary
+    run = RunDir(run.path / "empty")
+    with pytest.raises(
+        UsageError, match=r"train\.select leaves 0 of [0-9,]+ training tokens, too few for one batch of 256"
+    ):
+        train(make(config, train={"turn": 99}), run, SilentReporter())
+
+
 def test_training_reads_selected_tokens_alone(config, run, chat_store, tmp_path, monkeypatch):
-    train = {**config["train"], "n_tokens": 512, "batch_size": 128, "checkpoint_every": 2}
-    chosen = run_config(config | {"train": train}, train={"role": "assistant", "source": "chats"})
+    short = {**config["train"], "n_tokens": 512, "batch_size": 128, "checkpoint_every": 2}
+    chosen = run_config(config | {"train": short}, train={"role": "assistant", "source": "chats"})
     chosen = chosen.model_copy(update={"collect": chosen.collect.model_copy(update={"store": str(run.store_path)})})
     job = make_job(chosen, RunDir(tmp_path / "run"), "main", chat_store)
     assert job.selection == {"role": [ROLES["assistant"]], "source": [1]}
     start, stop = chat_store.spec.split_range("train")
     mask = kept(chat_store, HOOK, start, stop, chosen.sinks.multiple, ASSISTANT)
     expected = chat_store.activations(HOOK, start, stop).float()[torch.from_numpy(mask)]
-    assert torch.equal(_sample(chat_store, job, 10**6), expected)
+    (sample,) = _sample(chat_store, job, 10**6)
+    assert torch.equal(sample, expected)
     reader = ShuffledReader(chat_store, HOOK, batch_size=128, seed=0, select=job.selection)
     assert reader.n_rows == kept(chat_store, HOOK, start, stop, 3.0, ASSISTANT).sum()
 
