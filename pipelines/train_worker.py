@@ -22,6 +22,7 @@ from sae import Dictionary, StepMetrics, Trainer, TrainerConfig, build
 from sae.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from sae.normalise import fit_normaliser
 from sae.threshold import thresholded
+from sae.trainer import DivergedError
 from storage import ActivationStore, ShuffledReader
 
 CALIBRATION_TOKENS = 2**17
@@ -107,10 +108,21 @@ def train_worker(
             if step.step % train.checkpoint_every == 0 or step.step == n_steps:
                 save_checkpoint(checkpoints, step.step, trainer.state_dict())
 
-        trainer.fit(batches, on_step)
+        try:
+            trainer.fit(batches, on_step)
+        except ValueError as error:
+            raise ValueError(f"{error} {_last_good(error, trainer, checkpoints, rank)}") from error
     if rank == 0:
         _finish(trainer, store, job)
     return last_line(checkpoints / METRICS_FILE)
+
+
+def _last_good(error: ValueError, trainer: Trainer, checkpoints: Path, rank: int) -> str:
+    """Where training can go on from: saved here unless the weights themselves are what is wrong."""
+    if rank == 0 and trainer.step > 0 and not isinstance(error, DivergedError):
+        save_checkpoint(checkpoints, trainer.step, trainer.state_dict())
+    found = latest_checkpoint(checkpoints)
+    return "No checkpoint was saved yet." if found is None else f"The last good checkpoint is {found}."
 
 
 def _finish(trainer: Trainer, store: ActivationStore, job: TrainJob) -> None:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from sae.architectures import empty
@@ -89,10 +89,16 @@ class StepMetrics(NamedTuple):
     batch_fvu: float
     l0: float
     dead: int
-    """Latents silent for `dead_threshold_tokens`."""
+    """Latents silent for `dead_after_tokens`."""
+    dead_after_tokens: int
+    """`TrainerConfig.dead_threshold_tokens`, or what stands for it."""
     lr: float
     n_tokens: int
     """Tokens trained on since the start of the run."""
+
+
+class DivergedError(ValueError):
+    """The loss is not finite although the batch is: the weights have gone astray; go back to a checkpoint."""
 
 
 class StopTraining(Exception):
@@ -158,8 +164,9 @@ class Trainer:
             batches: this process's rows of each global batch, any float dtype. Not modified.
             on_step: called after each step; returning False or raising StopTraining ends the run after that step.
         Raises:
-            ValueError: if a batch has the wrong width or holds NaN or infinity, if the loss is not finite (in each case
-                before the weights change), or if `batches` ends early.
+            ValueError: if a batch has the wrong width, mixed dtypes, NaN or infinity or no variance, before the weights
+                change; or if `batches` ends early.
+            DivergedError: if the loss is not finite; the weights are those after the step before.
         """
         if self.step >= self.n_steps:
             return
@@ -181,7 +188,8 @@ class Trainer:
     def _step(self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"]) -> StepMetrics:
         config = self.config
         variance, n_tokens = self.group.total_variance(target)
-        dead = self._dead()
+        dead_after = self.dead_threshold_tokens
+        dead = self.tokens_since_fired >= dead_after
         context = StepContext(
             group=self.group,
             n_tokens=n_tokens,
@@ -199,16 +207,23 @@ class Trainer:
             torch.stack([losses.total.detach(), losses.reconstruction.detach(), losses.n_active.to(losses.total.dtype)])
         ).tolist()
         if not (loss == loss and abs(loss) != float("inf")):
-            raise ValueError(
+            if float(variance) == 0:
+                raise ValueError(
+                    f"A batch must hold at least two different rows, got {n_tokens} of variance 0 at step {self.step}. "
+                    "The weights were left as they were; take larger batches, or look for constant activations."
+                )
+            raise DivergedError(
                 f"The loss must be finite, got {loss} at step {self.step} (batch variance {float(variance):.4g}). "
-                "The weights were left as they were; look for constant batches, or lower `lr`."
+                "The weights were left as they were; lower `lr`, or normalise the inputs."
             )
         lr = config.lr * schedule(self.step, self.n_steps, config.warmup_fraction, config.decay_fraction)
         self.optimizer.update(losses.total, lr)
         self._count(losses, n_tokens)
         self.step += 1
         self.n_tokens += n_tokens
-        return StepMetrics(self.step, loss, batch_fvu, n_active / n_tokens, int(dead.sum()), lr, self.n_tokens)
+        return StepMetrics(
+            self.step, loss, batch_fvu, n_active / n_tokens, int(dead.sum()), dead_after, lr, self.n_tokens
+        )
 
     # ---- dead latents and the inference threshold -----------------------------------------------------------------
 
@@ -227,9 +242,6 @@ class Trainer:
         tokens_per_step = self.n_tokens / self.step if self.step else 0
         return max(1, min(10_000_000, int(0.2 * self.n_steps * tokens_per_step)))
 
-    def _dead(self) -> Bool[Tensor, " d_sae"]:
-        return self.tokens_since_fired >= self.dead_threshold_tokens
-
     # ---- inputs ---------------------------------------------------------------------------------------------------
 
     def _checked(self, batch: Batch) -> list[Float[Tensor, "batch _"]]:
@@ -240,10 +252,11 @@ class Trainer:
         for tensor, normaliser in zip(tensors, self.normalisers, strict=True):
             x = tensor.to(self.device, torch.float32)
             if not bool(torch.isfinite(x.sum())):
-                n_bad = int((~torch.isfinite(x)).any(dim=1).sum())
+                n_bad = int((~torch.isfinite(x)).any(dim=1).sum())  # 0 when finite numbers add up to infinity
                 raise ValueError(
-                    f"A batch must hold finite numbers, got {n_bad} of {len(x)} rows with NaN or infinity at step "
-                    f"{self.step}. The weights were left as they were; look for the shard that these rows come from."
+                    f"A batch must hold finite numbers of a finite sum, got {n_bad} of {len(x)} rows with NaN or "
+                    f"infinity at step {self.step}. The weights were left as they were; look for the shard that these "
+                    "rows come from."
                 )
             checked.append(normaliser.apply(x))
         return checked

@@ -80,6 +80,23 @@ def test_entry_trains_to_a_dictionary_that_the_later_stages_read(
     assert alone.mean_activations.shape == (2, dictionary.d_in)
 
 
+def test_training_that_diverges_names_the_step_and_the_last_good_checkpoint(
+    collected: Run, store: ActivationStore, tmp_path: Any
+) -> None:
+    raw = configured(collected, {"architecture": "standard"}).model_dump(mode="json")
+    raw["train"] |= {"lr": 1e25, "checkpoint_every": 1, "warmup_fraction": 0.0}
+    config, run = RunConfig.model_validate(raw), RunDir(tmp_path / "run")
+    threads = torch.get_num_threads()
+    try:
+        with pytest.raises(
+            ValueError, match=r"loss must be finite, got \w+ at step 1 .*last good checkpoint is .*step-00000001\."
+        ):
+            train_worker(make_job(config, run, "main", store))
+    finally:
+        torch.set_num_threads(threads)
+    assert not run.trained("main").exists()
+
+
 def test_readers_of_two_hooks_give_the_same_rows(store: ActivationStore) -> None:
     def reader(hook: str) -> ShuffledReader:
         return ShuffledReader(store, hook, batch_size=256, seed=0, n_streams=16, sink_hook=FIRST, epochs=1)

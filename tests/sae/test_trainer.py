@@ -16,12 +16,14 @@ from sae import (
     TopKConfig,
     Trainer,
     TrainerConfig,
+    TranscoderConfig,
     build,
 )
 from sae.kernels import reference
 from sae.losses import reconstruction_loss, total_variance
 from sae.normalise import Normaliser
 from sae.sparse_objective import decode_dead
+from sae.trainer import DivergedError
 
 D_IN, D_SAE, K, BATCH = 16, 64, 4, 256
 
@@ -258,8 +260,10 @@ def test_fit_refuses_bad_numbers_before_it_touches_the_weights(bad: float) -> No
 def test_fit_refuses_a_loss_that_is_not_finite_before_it_touches_the_weights() -> None:
     run = trainer(n_steps=5)
     before = run.sae.W_enc.detach().clone()
-    with pytest.raises(ValueError, match=r"The loss must be finite, got .* at step 0"):
+    with pytest.raises(ValueError, match=r"at least two different rows, got 8 of variance 0 at step 0"):
         run.fit([torch.ones(8, D_IN)])
+    with pytest.raises(DivergedError, match=r"The loss must be finite, got .* at step 0 \(batch variance"):
+        run.fit([1e25 * next(planted(1))])
     assert torch.equal(run.sae.W_enc, before)
 
 
@@ -267,6 +271,36 @@ def test_fit_refuses_a_loss_that_is_not_finite_before_it_touches_the_weights() -
 def test_fit_refuses_another_width_and_an_empty_batch(shape: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match=r"A batch must have shape \(batch, 16\)"):
         trainer().fit([torch.zeros(shape)])
+
+
+def test_fit_refuses_tensors_that_do_not_belong_together_before_it_touches_the_weights() -> None:
+    config = TranscoderConfig(d_in=D_IN, d_out=5, d_sae=D_SAE, k=K)
+    run = Trainer(build(config, seed=0), TrainerConfig(), 5)
+    before = run.sae.W_enc.detach().clone()
+    x, y = torch.randn(8, D_IN), torch.randn(8, 5)
+    with pytest.raises(ValueError, match=r"share one float dtype, got torch\.bfloat16, torch\.float32 at step 0"):
+        run.fit([(x, y.bfloat16())])
+    with pytest.raises(ValueError, match=r"shape \(batch, 16\), \(batch, 5\) .*, got \(8, 16\), \(7, 5\)"):
+        run.fit([(x, y[:7])])
+    with pytest.raises(ValueError, match=r"shape \(batch, 16\), \(batch, 5\) .*, got \(8, 16\) at"):
+        run.fit([x])
+    assert torch.equal(run.sae.W_enc, before)
+
+
+def test_resume_refuses_another_normalisation_or_sae_naming_it() -> None:
+    state = trainer(n_steps=12).state_dict()
+    with pytest.raises(ValueError, match=r"normaliser_scales: saved \[1\.0\], now \[2\.0\]"):
+        trainer(n_steps=12, input_scale=2.0).load_state_dict(state)
+    centred = Trainer(
+        build(BatchTopKConfig(d_in=D_IN, d_sae=D_SAE, k=K), seed=0),
+        TrainerConfig(),
+        12,
+        normalisers=[Normaliser(torch.ones(D_IN), torch.tensor(1.0))],
+    )
+    with pytest.raises(ValueError, match=r"normaliser_shift\.0: the saved values are others"):
+        centred.load_state_dict(state)
+    with pytest.raises(ValueError, match="sae_config: saved"):
+        trainer("topk", n_steps=12).load_state_dict(state)
 
 
 def test_trainer_refuses_an_empty_run_and_a_scale_that_is_not_positive() -> None:
