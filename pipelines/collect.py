@@ -21,7 +21,11 @@ from pipelines.sources import locate
 from pipelines.stores import StorePlace, has, place
 from pipelines.tokenising import TextTokenizer
 from pipelines.tokens import TABLES, Packed, plan_tokens
-from storage import ActivationStore, ActivationWriter, HookSpec, IncompleteError, Receipt, StoreSpec
+from storage import ActivationStore, ActivationWriter, HookSpec, IncompleteError, Receipt, StoreSpec, ring_sidecar
+from storage.layout import RING as RING_FILE
+
+RETAINED_FRACTION = 0.1
+"""Least share of the training contexts that `collect.mode: stream` keeps."""
 
 __all__ = ["Harvester", "collect", "hook_widths", "open_store", "pack_texts", "prepare_store", "store_path"]
 
@@ -50,6 +54,10 @@ def open_store(config: RunConfig, run: RunDir) -> ActivationStore:
 
 def collect(config: RunConfig, run: RunDir, ui: Reporter) -> dict[str, Any]:
     """Run the stage; returns its figures. Continues an unfinished store, refuses one made with another config."""
+    if config.collect.mode == "stream":
+        from pipelines.stream import stream
+
+        return stream(config, run, ui)
     resolved = resolve_model(config.model)
     writer = prepare_store(config, run, resolved, ui)
     spec = writer.spec
@@ -111,6 +119,14 @@ def prepare_store(config: RunConfig, run: RunDir, resolved: ResolvedModel, ui: R
             },
         },
     )
+    sidecars = {DOCUMENTS_FILE: packed.documents.to_parquet(), SPANS_FILE: packed.spans.to_parquet()}
+    if config.collect.mode == "stream":
+        sidecars[RING_FILE] = ring_sidecar(spec, RETAINED_FRACTION)
+    elif has(path, RING_FILE) and config.train is not None:
+        raise RunError(
+            f"the store at {path} was filled with collect.mode: stream and does not keep all training tokens: use that "
+            "mode, or another store"
+        )
     topics = {topic for topic in packed.documents.topic if topic}
     ui.say(
         f"text: {spec.n_tokens:,} tokens of {len(packed.documents):,} documents in {spec.n_contexts:,} contexts"
@@ -123,7 +139,7 @@ def prepare_store(config: RunConfig, run: RunDir, resolved: ResolvedModel, ui: R
         document=packed.document,
         position=packed.position,
         tables=packed.tables,
-        sidecars={DOCUMENTS_FILE: packed.documents.to_parquet(), SPANS_FILE: packed.spans.to_parquet()},
+        sidecars=sidecars,
     )
 
 

@@ -170,8 +170,10 @@ class CollectConfig(Section):
     store: str | None = None
     """A shared store outside the run: a folder, or a URL such as s3://bucket/prefix (credentials come from the
     environment); by default `activations/` in the run directory."""
-    mode: Literal["store"] = "store"
-    """Reserved: streaming through a bounded store comes later."""
+    mode: Literal["store", "stream"] = "store"
+    """`stream` trains while it collects, in one pass, and keeps all held-out and a tenth of the training contexts."""
+    capacity_shards: int = Field(64, gt=0)
+    """Shards that `stream` has on disk at once, besides those that it keeps."""
 
     @field_validator("store")
     @classmethod

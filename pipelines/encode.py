@@ -95,7 +95,7 @@ def pool_documents(
 ) -> tuple[NDArray[np.int64], Pooled]:
     """Pool the stored activations by document: rows of the documents that have counted tokens, and their pools."""
     hook = dictionary.required_hook_name
-    start, stop = store.spec.split_range(split)
+    start, stop = store.split_range(split)
     best: dict[int, tuple[Tensor, Tensor, int]] = {}
     for context in range(start, stop):
         document = torch.from_numpy(store.contexts(context, context + 1).document[0].astype(np.int64))

@@ -6,6 +6,7 @@ One piece per shard of the store, written whole and skipped on a rerun; sinks ha
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from pipelines.dictionaries import stored_input
@@ -55,6 +56,10 @@ def compute_latents(
     with ui.stage("latents", total=spec.n_tokens, unit="tokens", done=done) as bar:
         for shard in missing:
             start, stop = spec.shard_range(shard)
+            if stop <= store.first_kept:  # deleted on purpose, after training on it
+                writer.write_shard(shard, np.empty(0, np.int64), np.empty(0, np.int32), np.empty(0, np.float32))
+                bar.advance((stop - start) * spec.context_length)
+                continue
             rows, latents, values = [], [], []
             step = max(1, BLOCK_TOKENS // spec.context_length)
             for low in range(start, stop, step):

@@ -128,6 +128,8 @@ def make_plan(config: RunConfig, run: RunDir, *, calibrate: bool = True, like: P
     store = store_bytes(spec) + TEXT_BYTES_PER_TOKEN * spec.n_tokens
     other = sum(_bytes_of_sae(config, name, widths) for name in config.saes)
     store_left = round(store * (1 - done / spec.n_shards))
+    if config.collect.mode == "stream":
+        store_left = min(store_left, round(store * _resident_share(config, spec)))
     needed, free, shortage = _room(path, run.path, store_left, other)
     workers = min(n_workers_that_fit(config), spec.n_shards)
     hours = _hours(config, spec, rates, workers, done)
@@ -188,6 +190,14 @@ def planned_spec(config: RunConfig, widths: Mapping[str, int]) -> StoreSpec:
         hooks=tuple(stored_hook(config, name, widths[name]) for name in config.hooks),
         provenance={},
     )
+
+
+def _resident_share(config: RunConfig, spec: StoreSpec) -> float:
+    """Most of a streamed store that is on disk at once: what is kept, and the ring. Norms and tables are neglected."""
+    from pipelines.collect import RETAINED_FRACTION
+
+    kept = 1 - (1 - RETAINED_FRACTION) * spec.n_train_contexts / spec.n_contexts
+    return min(1.0, kept + (config.collect.capacity_shards + 1) / spec.n_shards)
 
 
 def _bytes_of_hook(spec: StoreSpec, name: str) -> int:

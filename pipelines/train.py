@@ -36,8 +36,13 @@ def train(config: RunConfig, run: RunDir, ui: Reporter) -> dict[str, dict[str, A
     _require_one_batch(config.train, store, config.selection("train"))
     figures = {}
     for name in config.saes:
-        if not _is_trained(run, name):
-            _run_ray(make_job(config, run, name, store), config, name, run, ui)
+        if not is_trained(run, name):
+            if config.collect.mode == "stream":
+                raise RunError(
+                    f"there is no trained dictionary in {run.trained(name)}, and the activations that it was trained "
+                    "on were deleted as they streamed by: start over in another --out"
+                )
+            run_ray(make_job(config, run, name, store), config, name, run, ui)
         figures[name] = last_line(run.checkpoints(name) / METRICS_FILE)
         run.event("mixing", sae=name, expected_same_context=figures[name].get("expected_same_context"))
     return figures
@@ -83,8 +88,14 @@ def check_settings(config: RunConfig, widths: Mapping[str, int]) -> None:
         for problem in _problems(config.train, spec, [widths[hook] for hook in config.hooks_of(name)], name)
     ]
     problems += _mixing_problems(config.train, config.collect)
+    if config.collect.mode == "stream":
+        from pipelines.stream import stream_problems
+
+        problems += stream_problems(config)
     if problems:
         raise UsageError("; ".join(dict.fromkeys(problems)))
+    if config.collect.mode == "stream":
+        return  # trainers and harvesters share the CPUs
     n_cpus = _threads_per_worker(config.train, config.ray) * config.train.num_workers
     require_cpus(config.ray, n_cpus, "train.num_workers and train.cpus_per_worker")
 
@@ -146,7 +157,8 @@ def _require_one_batch(train: TrainConfig, store: ActivationStore, selection: Se
         )
 
 
-def _run_ray(job: TrainJob, config: RunConfig, name: str, run: RunDir, ui: Reporter) -> None:
+def run_ray(job: TrainJob, config: RunConfig, name: str, run: RunDir, ui: Reporter) -> None:
+    """Train under Ray Train, from the last checkpoint on."""
     train = job.config
     start_ray(config.ray)
     from ray.train import FailureConfig, ScalingConfig
@@ -193,11 +205,12 @@ def _run_ray(job: TrainJob, config: RunConfig, name: str, run: RunDir, ui: Repor
             finished.set()
             tail.join()
             shutil.rmtree(scratch, ignore_errors=True)
-    if not _is_trained(run, name):
+    if not is_trained(run, name):
         raise RunError(f"training {name} ended without a dictionary in {run.trained(name)}; rerun to continue")
 
 
-def _is_trained(run: RunDir, name: str) -> bool:
+def is_trained(run: RunDir, name: str) -> bool:
+    """Whether the SAE's dictionary is there."""
     return all(file.exists() for file in dictionary_files(run.trained(name)))
 
 

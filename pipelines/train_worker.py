@@ -23,7 +23,7 @@ from sae.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from sae.normalise import fit_normaliser
 from sae.threshold import thresholded
 from sae.trainer import DivergedError
-from storage import ActivationStore, ShuffledReader
+from storage import ActivationStore, Consumer, Ring, ShuffledReader
 
 CALIBRATION_TOKENS = 2**17
 """Tokens behind b_dec's start and the input scale (a sixteenth) and behind the inference threshold."""
@@ -48,6 +48,12 @@ class TrainJob:
     provenance: dict[str, Any]
     selection: Selection = field(default_factory=dict)
     """Tokens to train on, as codes of the store's tables."""
+    consumer: str | None = None
+    """Name in the ring that the store is, if training goes on while it is filled."""
+    capacity: int = 0
+    """Shards that the ring may have on disk."""
+    failure: str | None = None
+    """File that says why no more shards will come, once it exists."""
 
 
 def train_worker(
@@ -55,7 +61,8 @@ def train_worker(
 ) -> dict[str, Any]:
     """Train one SAE on this rank; rank 0 saves checkpoints and the dictionary."""
     torch.set_num_threads(job.n_threads)
-    store = ActivationStore.open(job.store)
+    store = ActivationStore.open(job.store, tail=job.consumer is not None)
+    consumer = _consumer(job)
     train = job.config
     widths = [store.spec.hook(hook).d_in for hook in job.hooks]
     n_steps = train.n_tokens // train.batch_size
@@ -94,7 +101,9 @@ def train_worker(
             sink_multiple=job.sinks.multiple,
             sink_hook=job.hooks[0],
             select=job.selection or None,
+            epochs=None if consumer is None else 1,
             start_batch=trainer.step,
+            ring=consumer,
         )
         for hook in job.hooks
     ]
@@ -107,6 +116,8 @@ def train_worker(
             metrics.write(step, readers[0].expected_same_context)
             if step.step % train.checkpoint_every == 0 or step.step == n_steps:
                 save_checkpoint(checkpoints, step.step, trainer.state_dict())
+                if consumer is not None:
+                    consumer.advance(min(reader.first_needed(step.step) for reader in readers))
 
         try:
             trainer.fit(batches, on_step)
@@ -125,6 +136,17 @@ def _last_good(error: ValueError, trainer: Trainer, checkpoints: Path, rank: int
     return "No checkpoint was saved yet." if found is None else f"The last good checkpoint is {found}."
 
 
+def _consumer(job: TrainJob) -> Consumer | None:
+    if job.consumer is None:
+        return None
+    failure = None if job.failure is None else Path(job.failure)
+
+    def failed() -> str | None:
+        return failure.read_text(encoding="utf-8") if failure is not None and failure.exists() else None
+
+    return Consumer(Ring.open(job.store), job.consumer, capacity=job.capacity, failure=failed)
+
+
 def _finish(trainer: Trainer, store: ActivationStore, job: TrainJob) -> None:
     """Calibrate the inference threshold and write the trained dictionary."""
     sae = trainer.export()
@@ -139,7 +161,7 @@ def _finish(trainer: Trainer, store: ActivationStore, job: TrainJob) -> None:
 
 def _calibration(store: ActivationStore, job: TrainJob, n_tokens: int) -> Iterator[tuple[Tensor, ...]]:
     """Activations of all hooks at about `n_tokens` tokens that training may use, in store order, which is shuffled."""
-    start, stop = store.spec.split_range("train")
+    start, stop = store.retained_range("train")
     step = max(1, 4096 // store.spec.context_length)
     found = 0
     for low in range(start, stop, step):

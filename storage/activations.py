@@ -105,6 +105,11 @@ class ActivationStore:
         start, stop = self.spec.split_range(split)
         return max(start, self.first_kept), stop
 
+    def retained_range(self, split: Split) -> tuple[int, int]:
+        """Contexts [start, stop) of a split that nobody will delete: all of them, unless the store is a ring."""
+        start, stop = self.spec.split_range(split)
+        return max(start, (self._first_retained or 0) * self.spec.contexts_per_shard), stop
+
     def missing(self) -> list[int]:
         """Shards that are not committed yet, ascending; looks at the directory and changes nothing."""
         return self._log.missing()

@@ -17,6 +17,7 @@ import re
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -24,6 +25,7 @@ from storage.backends import Backend, backend_for
 from storage.commits import CommitLog
 from storage.errors import FormatError, SpecMismatchError, StorageError
 from storage.layout import CONSUMERS, RING, STAGING, activations_array, consumer_key, tombstone_key
+from storage.leases import POLL_S, Leases, ShardQueue
 from storage.spec import FORMAT_VERSION, StoreSpec, checked_json, parse_checked_json
 from storage.writer import Path, read_first_retained, read_spec, retained_train_shards
 
@@ -50,7 +52,7 @@ class Ring:
         self.spec = spec
         self.backend = backend
         self.first_retained = first_retained
-        self._log = CommitLog(backend, spec.fingerprint, spec.n_shards)
+        self.log = CommitLog(backend, spec.fingerprint, spec.n_shards)
 
     @classmethod
     def open(cls, path: Path, *, backend: Backend | None = None) -> Ring:
@@ -88,7 +90,7 @@ class Ring:
 
     def first_standing(self) -> int:
         """The first shard that is not tombstoned; those before it are gone."""
-        tombstoned = self._log.tombstoned()
+        tombstoned = self.log.tombstoned()
         return next(shard for shard in range(self.spec.n_shards + 1) if shard not in tombstoned)
 
     def may_write(self, shard: int, capacity: int) -> bool:
@@ -106,7 +108,7 @@ class Ring:
 
     def recover(self) -> None:
         """Deletes what a janitor killed after the tombstone, or a late writer, left behind."""
-        for shard in self._log.tombstoned():
+        for shard in self.log.tombstoned():
             self._delete(shard)
 
     def readable(self, shard: int) -> bool:
@@ -116,7 +118,7 @@ class Ring:
         """
         if self._in_place(shard, set()):
             return True
-        if shard in self._log.tombstoned():
+        if shard in self.log.tombstoned():
             raise StorageError(
                 f"Shard {shard} of {self.backend.location()} is needed, but it was deleted on purpose "
                 f"({tombstone_key(shard)}): no consumer had its cursor at or before it. Collect into a new store."
@@ -128,7 +130,7 @@ class Ring:
         return self._in_place(shard, set(self._deletable(shard)))
 
     def _in_place(self, shard: int, besides: set[str]) -> bool:
-        commit = self._log.read(shard)
+        commit = self.log.read(shard)
         if commit is None:
             return False
         return all(self.backend.size(file.key) == file.n_bytes for file in commit.files if file.key not in besides)
@@ -157,6 +159,55 @@ class Ring:
         if value.get("fingerprint") != self.spec.fingerprint:
             raise FormatError(f"{self.backend.location(key)} belongs to another store; remove it.")
         return value
+
+
+class RingQueue(ShardQueue):
+    """The shards of a ring that are still to be written, in `Ring.writing_order`, handed out as its capacity allows.
+
+    Whoever takes shards here is the janitor too: each `take` deletes first what nobody needs any more.
+    """
+
+    def __init__(self, ring: Ring, capacity: int, check: Callable[[], None] = lambda: None) -> None:
+        """
+        Args:
+            check: called before each shard; may raise.
+        """
+        missing = set(ring.log.missing())
+        shards = [shard for shard in ring.writing_order() if shard in missing]
+        super().__init__(ring.log, Leases(ring.backend), shards)
+        self._ring, self._capacity, self._check = ring, capacity, check
+        self.most = 0
+        """Most shards besides the retained ones that were under way or on disk at once."""
+
+    def take(self) -> int | None:
+        self._check()
+        self._ring.sweep()
+        if not self._free and self._elsewhere and time.monotonic() - self._looked_at >= POLL_S:
+            self._look_again()
+        while (shard := self._choose()) is not None:
+            others, self._free = self._free, deque([shard])
+            taken = super().take()
+            self._free = others
+            if taken is not None:
+                return taken
+        return None
+
+    @property
+    def waiting(self) -> bool:
+        return self.open()
+
+    def _choose(self) -> int | None:
+        """Removes and returns the next shard, None if all that are left must wait for a consumer."""
+        standing, first_retained = self._ring.first_standing(), self._ring.first_retained
+        while self._free and self._free[0] < min(standing, first_retained):
+            self._free.popleft()  # the consumers were done before it was needed
+        if not self._free:
+            return None
+        if self._free[0] < first_retained:
+            if self._free[0] >= standing + self._capacity:
+                return self._free.pop() if self._free[-1] >= first_retained else None  # a held-out one meanwhile
+            self.most = max(self.most, self._free[0] + 1 - standing)
+        return self._free.popleft()
 
 
 class Consumer:

@@ -1,4 +1,6 @@
+import hashlib
 import itertools
+import json
 import threading
 from pathlib import Path
 
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from test_format import rows
 
 from storage import (
     DELETED,
@@ -25,6 +28,8 @@ from storage import (
     verify,
 )
 from storage.layout import RING
+from storage.ring import RingQueue
+from storage.spec import canonical_json
 
 HOOK, LENGTH = "h", 8
 SPEC = StoreSpec(
@@ -199,6 +204,27 @@ def test_the_slowest_consumer_decides_what_is_deleted(tmp_path: Path) -> None:
     assert ring.sweep() == list(range(2, FIRST_RETAINED))
 
 
+def test_shards_are_handed_out_as_the_ring_allows(tmp_path: Path) -> None:
+    create(tmp_path / "s")
+    ring = Ring.open(tmp_path / "s")
+    consumer = Consumer(ring, "main", capacity=5)
+    with RingQueue(ring, 5) as queue:
+        assert [queue.take() for _ in range(3)] == [18, 19, 20]  # retained, for training
+        assert [queue.take() for _ in range(5)] == [0, 1, 2, 3, 4]
+        assert [queue.take() for _ in range(4)] == [24, 23, 22, 21]  # held-out ones while the ring is full
+        assert queue.take() is None
+        assert queue.waiting
+        consumer.advance(2)
+        queue.give_back(2)
+        assert [queue.take() for _ in range(4)] == [2, 5, 6, None]
+        consumer.finish()
+        assert queue.take() is None  # the rest is not needed any more
+        for shard in [*range(7), *range(18, 25)]:
+            queue.done(shard)
+        assert not queue.open()
+    assert queue.most == 5
+
+
 def test_janitor_killed_after_the_tombstone_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "s"
     writer = create(path)
@@ -306,6 +332,26 @@ def test_waiting_reader_is_left_at_once(tmp_path: Path) -> None:
     next(batches)
     batches.close()  # type: ignore[attr-defined]
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("ShuffledReader")]
+
+
+def test_files_of_a_ring_have_exactly_the_documented_keys(tmp_path: Path) -> None:
+    finished_ring(tmp_path / "s")
+    described = [row for row in rows("Rings") if row[0] not in ("file", "---")]
+    documented: dict[str, set[str]] = {row[0]: {"sha256"} for row in described if row[1] in ("created", "rewritten")}
+    documented |= {row[0]: {"sha256"} for row in described if row[1] == "deleted"}
+    for file, key, _ in described:
+        if key not in ("created", "rewritten", "deleted"):
+            documented[file].add(key)
+    examples = {
+        "ring.json": "ring.json",
+        "consumers/<consumer>.json": "consumers/main.json",
+        "tombstones/<iiiiii>.json": "tombstones/000003.json",
+    }
+    found = {name: json.loads((tmp_path / "s" / path).read_text()) for name, path in examples.items()}
+    assert {name: set(value) for name, value in found.items()} == documented
+    for value in found.values():
+        digest = value.pop("sha256")
+        assert hashlib.sha256(canonical_json(value)).hexdigest() == digest
 
 
 def test_bad_use_is_refused(tmp_path: Path) -> None:
