@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from sae.base import SparseLatents
-from sae.kernels.loops import n_shares, share, share_evenly, usable
+from sae.kernels.loops import n_shares, share, share_evenly, triton_kernels, usable
 from sae.kernels.select import (
     BatchSelection,
     Encoder,
@@ -99,6 +99,10 @@ def _weighted_sums(
     base: Float[Tensor, " width"] | None = None,
 ) -> Float[Tensor, "n_bins width"]:
     """base + Σ weights[e] * table[members[e]] over the entries of each bin, in their order."""
+    on_gpu = triton_kernels(weights, table)
+    if on_gpu is not None:
+        gathered: Tensor = on_gpu.weighted_sums(starts, members, weights, table, base)
+        return gathered
     loops = usable(weights, table)
     if loops is None:
         sums = F.embedding_bag(members, table, starts, mode="sum", per_sample_weights=weights, include_last_offset=True)
@@ -117,9 +121,13 @@ def _dots(
     layout: _Layout, left: Float[Tensor, "n_rows width"], right: Float[Tensor, "d_sae width"]
 ) -> Float[Tensor, " n_active"]:
     """left[row] · right[latent] for every entry."""
+    on_gpu = triton_kernels(left, right)
+    if on_gpu is not None:
+        dots: Tensor = on_gpu.dots(layout.by_row, layout.latent, left, right)
+        return dots
     loops = usable(left, right)
     if loops is None:
-        dots: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
             left, right, layout.latent, layout.by_row, layout.row, 0
         )
         return dots

@@ -1,6 +1,7 @@
 """When the compiled loops are used, and how threads share one.
 
-The loops work on float32 tensors on the CPU, where numba is installed; everything else takes torch operations.
+The loops work on float32 tensors on the CPU, where numba is installed; everything else takes torch operations, or on a
+GPU, when asked for, those of `sae.kernels.cuda`.
 
 Threads: numba's own pool beside that of torch would make both wait actively for each other's cores, so the loops are
 compiled without it; they release the interpreter's lock and run on plain Python threads that sleep between calls.
@@ -39,6 +40,17 @@ def usable(*tensors: Tensor) -> ModuleType | None:
     if all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors):
         return _compiled()
     return None
+
+
+def triton_kernels(*tensors: Tensor) -> ModuleType | None:
+    """`sae.kernels.cuda` if SAE_TRITON=1 asks for it and it can work on all of `tensors`, else None."""
+    if os.environ.get("SAE_TRITON") != "1":
+        return None
+    if not all(tensor.device.type == "cuda" and tensor.dtype == torch.float32 for tensor in tensors):
+        return None
+    from sae.kernels import cuda
+
+    return cuda
 
 
 @cache

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae.base import SparseLatents
-from sae.kernels.loops import share_evenly, usable
+from sae.kernels.loops import share_evenly, triton_kernels, usable
 from sae.parallel import Group
 
 _BLOCK_ELEMENTS = 4_000_000
@@ -263,6 +263,11 @@ def select_topk(encoder: Encoder, k: int, *, bf16: bool = False) -> SparseLatent
 def _topk_of_block(encoder: Encoder, k: int, first_row: int, bf16: bool) -> SparseLatents:
     x, W_enc, b_enc = encoder
     d_sae = W_enc.shape[1]
+    on_gpu = triton_kernels(x, W_enc, b_enc)
+    if on_gpu is not None and not bf16:
+        latent, value, counts = on_gpu.topk(torch.addmm(b_enc, x, W_enc), k)
+        row, slot = (torch.arange(k, device=x.device) < counts.unsqueeze(1)).nonzero(as_tuple=True)
+        return SparseLatents(row + first_row, latent[row, slot], value[row, slot])
     if bf16:
         pre_acts = torch.addmm(b_enc.bfloat16(), x.bfloat16(), W_enc.bfloat16())
         candidate = pre_acts.topk(min(2 * k, d_sae), dim=1, sorted=False).indices.sort(dim=1).values
