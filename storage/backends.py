@@ -83,7 +83,8 @@ class Backend(Protocol):
         long as no two publish the same bytes."""
 
     def install(self, source: str, key: str) -> bool:
-        """Moves a file, durably. Returns False if there is no file at `source` (somebody else moved it)."""
+        """Moves a file, durably, over what stands at the key. Returns False if there is no file at `source`: somebody
+        else moved it."""
 
     def remove(self, key: str) -> None:
         """Removes a file, or everything under a prefix; nothing happens if there is neither."""

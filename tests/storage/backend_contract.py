@@ -155,6 +155,13 @@ class BackendContract:
         assert backend.read("deep/er/key") == b"1"
         assert backend.size("staged") is None
 
+    def test_install_replaces_what_stands_there_at_once(self, backend: Backend) -> None:
+        for content in (b"old", b"newer"):
+            backend.write("staged", [content])
+            assert backend.install("staged", "consumers/a.json") is True
+            assert bytes(backend.open("consumers/a.json")[0 : len(content)]) == content
+        assert backend.read("consumers/a.json") == b"newer"
+
     def test_install_by_many_threads_leaves_the_file(self, backend: Backend) -> None:
         backend.write("staged", [b"1"])
         with ThreadPoolExecutor(8) as pool:

@@ -55,7 +55,7 @@ class FirstOfEach:
 
 @pytest.mark.parametrize("fault", PASSING)
 def test_every_operation_succeeds_in_spite_of_one_failure(through: Through, fault: Fault) -> None:
-    backend, proxy = through(FirstOfEach(fault), replace(PATIENT, timeout_s=0.3) if fault == "stall" else PATIENT)
+    backend, proxy = through(FirstOfEach(fault), replace(PATIENT, timeout_s=0.2) if fault == "stall" else PATIENT)
     backend.write("staging/a", [b"12", b"34"])
     assert backend.read("staging/a") == b"1234"
     assert bytes(backend.open("staging/a")[1:3]) == b"23"
