@@ -5,7 +5,7 @@ interleaves the topics, so that every prefix, and the held-out share, has the to
 """
 
 import json
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,7 +166,7 @@ def _read_topics(source: TextSource) -> Mapping[str, Any]:
     return topics
 
 
-def stratified_order(topics: list[str], rng: np.random.Generator) -> NDArray[np.int64]:
+def stratified_order(topics: Sequence[str] | NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
     """A random order of documents in which every prefix holds the same share of each topic, to within one document.
 
     The j-th of a topic's n documents, in random order, gets the key (j + u) / n with one u ~ U(0, 1) per topic;

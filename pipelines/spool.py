@@ -55,9 +55,13 @@ class Spool:
         return np.concatenate([np.empty(0, np.int64), *parts])
 
     @property
-    def topics(self) -> list[str]:
-        """Topic of each document."""
-        return [topic for batch in self._batches for topic in batch["topic"].to_pylist()]
+    def topics(self) -> NDArray[np.int64]:
+        """Topic of each document, as its place among all topics in alphabetical order."""
+        if not self._batches:
+            return np.empty(0, np.int64)
+        encoded = pa.chunked_array([batch["topic"] for batch in self._batches]).dictionary_encode().combine_chunks()
+        names = np.array(encoded.dictionary.to_pylist())
+        return np.asarray(np.argsort(np.argsort(names))[encoded.indices.to_numpy()], np.int64)
 
     def column(self, name: str, rows: NDArray[np.int64]) -> list[Any]:
         """One field of some documents, in the order of `rows`."""

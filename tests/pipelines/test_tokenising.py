@@ -2,6 +2,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from transformers import AutoTokenizer
 from pipelines import tokencache, tokenising
 from pipelines.chat import ROLES
 from pipelines.config import TextSource
+from pipelines.corpora import Document
 from pipelines.errors import RunError, UsageError
 from pipelines.spool import Spool
 from pipelines.tokencache import tokenised
@@ -144,6 +147,76 @@ def test_killed_process_is_told_plainly(tmp_path):
             list(pool.encode(spool, iter([np.empty(0, np.int64)])))
 
 
+def test_spool_gives_rows_in_any_order_and_topics_by_name(tmp_path):
+    names = ["river", "", "bird", "river", "é", "bird"]
+    documents = [
+        Document(id=f"d{i}", title=f"t{i}", topic=name, content=name.encode() * i, columns="{}")
+        for i, name in enumerate(names)
+    ]
+    spool = Spool.write(tmp_path / "spool.arrow", iter(documents))
+    rows = np.array([5, 0, 3])
+    assert len(spool) == 6
+    assert spool.read(rows) == (["d5", "d0", "d3"], [documents[row].content for row in rows])
+    assert spool.sizes.tolist() == [len(document.content) for document in documents]
+    assert np.array(sorted(set(names)))[spool.topics].tolist() == names
+    assert len(Spool.write(tmp_path / "empty.arrow", []).topics) == 0
+
+
+_PEAK = """
+import sys, threading, time
+sys.path.insert(0, "tests/pipelines")
+from pathlib import Path
+from chats import letters
+from pipelines.config import TextSource
+from pipelines.tokencache import tokenised
+from pipelines.tokenising import TextTokenizer
+
+def anonymous():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) // 1024
+
+tokenizer = TextTokenizer.of(letters())
+tokenised(TextSource(path=sys.argv[1]), tokenizer, budget=1000, seed=1, n_workers=1, root=Path(sys.argv[2]))
+before = peak = anonymous()
+done = False
+
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, anonymous())
+        time.sleep(0.002)
+
+thread = threading.Thread(target=watch)
+thread.start()
+found = tokenised(TextSource(path=sys.argv[1]), tokenizer, budget=int(sys.argv[3]), seed=0, n_workers=1,
+                  root=Path(sys.argv[2]))
+done = True
+thread.join()
+print(peak - before, len(found.tokens))
+"""
+
+
+@pytest.mark.slow
+def test_ten_times_the_text_takes_little_more_memory(tmp_path):
+    peaks = []
+    for n in (1, 10):
+        path = tmp_path / f"{n}.jsonl"
+        with path.open("w") as file:
+            for i in range(8000 * n):
+                file.write(json.dumps({"text": f"{i:08d} {'the quick brown fox ' * 12}"}) + "\n")
+        done = subprocess.run(
+            [sys.executable, "-c", _PEAK, str(path), str(tmp_path / "cache"), str(1_900_000 * n)],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=300,
+        )
+        peak, n_tokens = map(int, done.stdout.split())
+        assert n_tokens >= 1_900_000 * n
+        peaks.append(peak)
+    # 17 million more tokens are 69 MB as an array and about 700 MB as lists of numbers.
+    assert peaks[1] - peaks[0] < 25, peaks
+
+
 # -- cache -------------------------------------------------------------------------------------------------------------
 
 
@@ -271,6 +344,4 @@ def test_stream_is_read_no_further_than_needed(tmp_path, monkeypatch):
 
 
 def tokencache_document(i):
-    from pipelines.corpora import Document
-
     return Document(id=str(i), title=str(i), topic="", content=b"0123456789", columns="{}")
