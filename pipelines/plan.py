@@ -317,12 +317,16 @@ def _training_rate(config: RunConfig, name: str, widths: Sequence[int]) -> float
     assert config.train is not None
     spec = config.saes[name]
     d_sae = n_latents(spec, widths[0])
-    narrow = spec.model_copy(update={"d_sae": min(d_sae, CALIBRATION_LATENTS)})
+    try:
+        n_trained = min(d_sae, CALIBRATION_LATENTS)
+        sae = sae_config(spec.model_copy(update={"d_sae": n_trained}), widths)
+    except ValueError:  # other settings, such as nested widths, need all latents
+        n_trained, sae = d_sae, sae_config(spec, widths)
     rows = min(config.train.batch_size, 2048)
     generator = torch.Generator().manual_seed(0)
     batches = [tuple(torch.randn(rows, width, generator=generator) for width in widths) for _ in range(4)]
     device = "cuda" if config.train.use_gpu and torch.cuda.is_available() else "cpu"
-    trainer = Trainer(build(sae_config(narrow, widths), seed=0), TrainerConfig(), len(batches), device=device)
+    trainer = Trainer(build(sae, seed=0), TrainerConfig(), len(batches), device=device)
     trainer.initialise(batches[0])
     ends: list[float] = []
 
@@ -331,7 +335,7 @@ def _training_rate(config: RunConfig, name: str, widths: Sequence[int]) -> float
 
     trainer.fit(batches, on_step)
     step = statistics.median(after - before for before, after in pairwise(ends))
-    return rows / step * min(1.0, CALIBRATION_LATENTS / d_sae)
+    return rows / step * n_trained / d_sae
 
 
 def _seconds(work: Callable[[], object], least: int = 2, budget_s: float = 4.0) -> float:
