@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from storage.backends import Backend, backend_for
 from storage.commits import Commit, CommitLog, advice
-from storage.errors import AlreadyExistsError, CorruptionError, NotFoundError
+from storage.errors import AlreadyExistsError, CorruptionError, FormatError, NotFoundError
 from storage.layout import COMMITS, KEEP, STAGING
 from storage.spec import (
     FORMAT_VERSION,
@@ -324,5 +324,8 @@ def read_meta(backend: Backend) -> dict[str, Any]:
         ) from error
     meta = parse_json_object(data, backend.location(META))
     check_version(meta, backend.location(META))
+    absent = [key for key in REQUIRED if key not in meta]
+    if absent:
+        raise FormatError(f"{backend.location(META)} must have {', '.join(REQUIRED)}; {', '.join(absent)} is absent.")
     require_canonical(data, meta, backend.location(META))
     return meta

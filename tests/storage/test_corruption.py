@@ -14,7 +14,7 @@ import example_store
 import numpy as np
 import pytest
 
-from storage import ActivationStore, LatentStore, LatentWriter, NotFoundError, StorageError, verify
+from storage import ActivationStore, FormatError, LatentStore, LatentWriter, NotFoundError, StorageError, verify
 
 SPEC = "spec.json"
 N_FLIPS = 3
@@ -204,6 +204,15 @@ def test_store_of_a_newer_version_is_refused(sound: dict[str, Path], tmp_path: P
             read_everything(path, tail=key.startswith("commits/"))
         assert key in {problem.file for problem in verify(path)}
         (path / key).write_text(good)
+
+
+def test_meta_without_a_key_is_refused(sound: dict[str, Path], tmp_path: Path) -> None:
+    path = Path(shutil.copytree(sound["latents"], tmp_path / "store"))
+    meta = (path / "meta.json").read_text()
+    (path / "meta.json").write_text(meta.replace('"n_shards"', '"n_shardr"'))
+    with pytest.raises(FormatError, match=r"must have .*n_shards is absent"):
+        LatentStore.open(path)
+    assert [problem.kind for problem in verify(path)] == ["unreadable"]
 
 
 @pytest.mark.slow
