@@ -1,5 +1,6 @@
 """Collect and train at once: without Ray in threads, and (slow) as real runs that are killed."""
 
+import itertools
 import json
 import statistics
 import threading
@@ -16,6 +17,7 @@ from pipelines.collect import Harvester, open_store, prepare_store
 from pipelines.config import RunConfig
 from pipelines.encode import pool_documents
 from pipelines.errors import RunError, UsageError
+from pipelines.evaluate import evaluate_reconstruction
 from pipelines.latents import compute_latents
 from pipelines.progress import SilentReporter
 from pipelines.rundir import RunDir
@@ -24,7 +26,7 @@ from pipelines.train import check_settings, make_job, train
 from pipelines.train_worker import TrainJob, train_worker
 from sae import Dictionary
 from storage import ActivationStore, Consumer, Ring, verify
-from tests.tiny import tiny_config
+from tests.tiny import tiny_config, write_texts
 
 CAPACITY = 15
 
@@ -62,6 +64,7 @@ class InThreads:
         self.path = self.run.store_path
         self.ring = Ring.open(self.path)
         collect = config.collect
+        self.capacity = collect.capacity_shards
         self.harvester = Harvester(self.path, resolved, config.model, collect.batch_contexts, n_threads=1)
         for shard in self.ring.retained_train:
             self.harvester.harvest(shard)
@@ -70,11 +73,11 @@ class InThreads:
 
     def job(self) -> TrainJob:
         job = make_job(self.config, self.run, "main", ActivationStore.open(self.path, tail=True))
-        return replace(job, consumer="main", capacity=CAPACITY, n_threads=1)
+        return replace(job, consumer="main", capacity=self.capacity, n_threads=1)
 
     def _harvest(self) -> None:
         for shard in [shard for shard in self.ring.writing_order() if shard in set(self.writer.missing())]:
-            while not self.ring.may_write(shard, CAPACITY):
+            while not self.ring.may_write(shard, self.capacity):
                 if self.stop.wait(0.01):
                     return
                 self.ring.sweep()
@@ -85,7 +88,7 @@ class InThreads:
                 return
 
     def train(self) -> None:
-        consumer = Consumer(self.ring, "main", capacity=CAPACITY)
+        consumer = Consumer(self.ring, "main", capacity=self.capacity)
         thread = threading.Thread(target=self._harvest)
         thread.start()
         try:
@@ -98,6 +101,22 @@ class InThreads:
             self.stop.clear()
         self.ring.sweep()
         self.writer.seal()
+
+
+class Stored:
+    """The same run with a store that keeps everything."""
+
+    def __init__(self, config: RunConfig, resolved, out: Path) -> None:
+        self.config, self.run = config, RunDir(out)
+        writer = prepare_store(config, self.run, resolved, SilentReporter())
+        harvester = Harvester(self.run.store_path, resolved, config.model, config.collect.batch_contexts, n_threads=1)
+        for shard in writer.missing():
+            harvester.harvest(shard)
+        writer.seal()
+
+    def train(self) -> None:
+        job = make_job(self.config, self.run, "main", open_store(self.config, self.run))
+        train_worker(replace(job, n_threads=1))
 
 
 def steps(out: Path) -> list[dict[str, Any]]:
@@ -264,19 +283,20 @@ def test_streamed_run_killed_in_harvester_trainer_and_driver_ends_as_an_undistur
 
 
 @pytest.mark.slow
-def test_streamed_and_stored_training_reach_the_same_fvu(tiny_model: Path, tiny_texts: Path, tmp_path: Path):
+def test_streamed_and_stored_training_reach_the_same_fvu(tiny_model: Path, resolved, tmp_path: Path):
+    texts = write_texts(tmp_path / "texts.jsonl", n=4800)
     fvu: dict[str, list[float]] = {"store": [], "stream": []}
-    for mode, values in fvu.items():
-        for seed in range(3):
-            raw = streaming(tiny_model, tiny_texts, collect__mode=mode, collect__n_tokens=160_000)
-            raw["train"] |= {"n_tokens": 120_320, "shuffle_contexts": 512, "max_same_context": 8}
-            raw["collect"] |= {"capacity_shards": 256}
-            raw["seed"] = seed
-            raw["label"] = {"enabled": False}
-            path = tmp_path / f"{mode}-{seed}.yaml"
-            path.write_text(yaml.safe_dump(raw))
-            must(sae("run", path, "--out", tmp_path / f"{mode}-{seed}"))
-            values.append(json.loads((tmp_path / f"{mode}-{seed}" / "metrics.json").read_text())["main.fvu"])
+    for mode, seed in itertools.product(fvu, range(3)):
+        raw = streaming(tiny_model, texts, collect__mode=mode, collect__n_tokens=160_000, collect__capacity_shards=24)
+        raw["collect"] |= {"contexts_per_shard": 64, "batch_contexts": 64}
+        raw["train"] |= {"n_tokens": 110_080, "shuffle_contexts": 512, "max_same_context": 8}
+        config = RunConfig.model_validate(raw | {"seed": seed})
+        out = tmp_path / f"{mode}-{seed}"
+        run = Stored(config, resolved, out) if mode == "store" else InThreads(config, resolved, out)
+        run.train()
+        with SilentReporter().stage("evaluate", total=1, unit="tokens") as bar:
+            dictionary = Dictionary.load(run.run.trained("main"))
+            figures = evaluate_reconstruction(open_store(config, run.run), dictionary, sink_multiple=3.0, bar=bar)
+        fvu[mode].append(figures["fvu"])
     means = {mode: statistics.mean(values) for mode, values in fvu.items()}
-    print(fvu, means)
-    assert abs(means["store"] - means["stream"]) <= 0.005
+    assert abs(means["store"] - means["stream"]) <= 0.005, fvu
