@@ -57,6 +57,7 @@ class RowReader:
         self._verify = verify
         self._files: OrderedDict[int, _MappedFile] = OrderedDict()
         self._kept: OrderedDict[tuple[int, int], NDArray[Any]] = OrderedDict()
+        self._last: tuple[int, _MappedFile] | None = None
         self._lock = threading.Lock()
         slots = array.rows_per_file // array.rows_per_chunk
         self._verified = np.zeros((array.n_files, slots), bool) if verify else None
@@ -102,6 +103,7 @@ class RowReader:
     def forget(self, stop: int) -> None:
         """Lets go of the maps of the files that end before row `stop`; a deleted file holds its space until then."""
         with self._lock:
+            self._last = None
             for file in [file for file in self._files if (file + 1) * self.array.rows_per_file <= stop]:
                 del self._files[file]
 
@@ -167,11 +169,15 @@ class RowReader:
         return kept
 
     def _file(self, file: int) -> _MappedFile:
+        last = self._last  # one tuple, so that no other thread can change half of it
+        if last is not None and last[0] == file:
+            return last[1]
         with self._lock:
             mapped = self._files.pop(file, None) or self._open(file)
             self._files[file] = mapped
             if len(self._files) > MAX_OPEN_FILES:
                 self._files.popitem(last=False)
+            self._last = (file, mapped)
             return mapped
 
     def _open(self, file: int) -> _MappedFile:
