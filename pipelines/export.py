@@ -14,6 +14,7 @@ from pipelines.dictionaries import load_trained
 from pipelines.progress import Reporter
 from pipelines.rundir import RunDir, replacing_directory, write_text
 from sae import Dictionary
+from sae.interop.saelens import saelens_reads
 from storage import LatentStore
 
 
@@ -63,6 +64,9 @@ def _firing_share(config: RunConfig, run: RunDir, name: str) -> torch.Tensor | N
     return torch.from_numpy(LatentStore.open(run.latents(name)).counts()).double() / n_counted
 
 
+_OURS_ALONE = "SAELens has no such architecture and does not read the folder."
+
+
 def model_card(name: str, run_name: str, dictionary: Dictionary, metrics: dict[str, Any]) -> str:
     """A model card: what it is, how to load it, how good it is, where it comes from."""
     provenance = dictionary.provenance
@@ -80,6 +84,10 @@ def model_card(name: str, run_name: str, dictionary: Dictionary, metrics: dict[s
         f"| {title} | {metrics[key]:.4g} | {note} |" for title, key, note in rows if metrics.get(key) is not None
     )
     sources = "\n".join(f"- `{text['origin']}`" for text in provenance["text"])
+    kind: str = dictionary.config.architecture
+    if kind not in ("transcoder", "crosscoder"):
+        kind += " sparse autoencoder"
+    hooks = "`, `".join(dictionary.hook_names or (provenance["hook_name"],))
     return f"""---
 library_name: sae-pipelines
 tags: [sparse-autoencoder, interpretability]
@@ -87,7 +95,7 @@ tags: [sparse-autoencoder, interpretability]
 
 # {run_name} / {name}
 
-A {dictionary.config.architecture} sparse autoencoder on `{provenance["hook_name"]}` of `{provenance["model_name"]}`.
+A {kind} on `{hooks}` of `{provenance["model_name"]}`.
 
 ```python
 from sae import Dictionary
@@ -96,7 +104,7 @@ d = Dictionary.load("path/to/this/folder")
 latents = d.encode(x)  # (..., d_in) -> (..., d_sae)
 ```
 
-SAELens reads the folder as well (`SAE.load_from_disk`).
+{"SAELens reads the folder as well (`SAE.load_from_disk`)." if saelens_reads(dictionary.config) else _OURS_ALONE}
 
 | held-out figure | value | |
 |---|---|---|

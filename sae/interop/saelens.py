@@ -73,6 +73,12 @@ def to_saelens(sae: SAE, metadata: Mapping[str, Any]) -> tuple[dict[str, Any], d
     return cfg, tensors
 
 
+def saelens_reads(config: SAEConfig) -> bool:
+    """Whether SAELens has a class for what `to_saelens` writes."""
+    topk_transcoder = isinstance(config, TranscoderConfig) and config.activation == "topk"
+    return not topk_transcoder and not isinstance(config, CrosscoderConfig)
+
+
 def from_saelens(cfg: Mapping[str, Any], tensors: Mapping[str, Tensor], trained: SAEConfig | None) -> SAE:
     """The SAE of a SAELens folder.
 
