@@ -47,6 +47,8 @@ class Optimizer:
             project_gradient(W_dec.data, W_dec.grad)
         if self.grad_clip is not None:
             torch.nn.utils.clip_grad_norm_(parameters, self.grad_clip)
+        for state in self.adam.state.values():  # where torch's fused Adam keeps it; the other forms keep it on the CPU
+            state["step"] = state["step"].to(W_dec.device)
         self.adam.step()
         if self.sae.unit_norm_decoder:
             normalise_rows(W_dec.data)

@@ -8,8 +8,8 @@ k / d_sae of what they compute. Here
 - the gradients of encoder and decoder are sums over the entries of each latent; one counting sort serves both;
 - `b_dec` gets its gradient through the encoder from that of `b_enc`, so that no gradient of `x` is formed.
 
-Each operation has two forms with the same result up to rounding: loops compiled by numba (`sae.kernels.compiled`, on
-CPUs, with the extra `fast`), and torch operations, which exist on every device.
+Each operation has three forms with the same result up to rounding: loops compiled by numba (`sae.kernels.compiled`, on
+CPUs, with the extra `fast`), Triton kernels (`sae.kernels.cuda`), and torch operations, which exist on every device.
 """
 
 from functools import cached_property
@@ -58,11 +58,16 @@ class _Layout:
     @cached_property
     def by_row(self) -> Int[Tensor, " n_offsets"]:
         """Where each row's entries start; one more than rows."""
+        if self.row.device.type == "cuda":  # counting there waits for the device; the rows are already in order
+            return torch.searchsorted(self.row, torch.arange(self.n_rows + 1, device=self.row.device))
         return _starts(self.row, self.n_rows)
 
     @cached_property
     def by_latent(self) -> tuple[Int[Tensor, " n_offsets"], Int[Tensor, " n_active"], Int[Tensor, " n_active"]]:
         """Where each latent's entries start, sorted by latent and row; the entries in that order; and their rows."""
+        if self.row.device.type == "cuda" and (on_gpu := triton_kernels()) is not None:
+            by_latent: tuple[Tensor, Tensor, Tensor] = on_gpu.sort_by_latent(self.row, self.latent, self.d_sae)
+            return by_latent
         loops = usable()
         if loops is None or self.row.device.type != "cpu":
             order = self.latent.argsort(stable=True)
@@ -166,8 +171,13 @@ class _SelectedPreActs(torch.autograd.Function):
         (grad,) = grads
         W_enc, x_centred = ctx.saved_tensors
         starts, order, rows = ctx.layout.by_latent
-        grad_W_enc = _weighted_sums(starts, rows, grad[order], x_centred).t()
-        grad_b_enc = grad.new_zeros(W_enc.shape[1]).index_add_(0, ctx.layout.latent, grad)
+        on_gpu = triton_kernels(grad, x_centred)
+        if on_gpu is None:
+            grad_W_enc = _weighted_sums(starts, rows, grad[order], x_centred).t()
+            grad_b_enc = grad.new_zeros(W_enc.shape[1]).index_add_(0, ctx.layout.latent, grad)
+        else:
+            grad_b_enc = grad.new_empty(W_enc.shape[1])
+            grad_W_enc = on_gpu.weighted_sums(starts, rows, grad[order], x_centred, None, grad_b_enc).t()
         grad_b_dec = -(W_enc @ grad_b_enc) if ctx.shifts_input else None
         return grad_W_enc, grad_b_enc, grad_b_dec, None, None, None, None
 

@@ -1,15 +1,17 @@
-"""The loops of the sparse training path for NVIDIA GPUs, in Triton. Same operations as `sae.kernels.compiled`.
+"""The sparse training path on NVIDIA GPUs, in Triton. Same operations as `sae.kernels.compiled`.
 
-Off unless SAE_TRITON=1 (`sae.kernels.loops.triton_kernels`): the tests have run these through Triton's interpreter, on
-a CPU, and not yet on a GPU. Without it a GPU takes torch operations. With it, selection by token, decoding and the
-weight gradients are these; the selection over a batch and the optimizer's step still are torch operations.
+    search          the encoder's product over blocks of tokens; candidates, exact values, the k largest
+    weighted_sums   decoding, and the gradients of both weight matrices
+    dots            the gradient of the latents
+    project, adam   projection, clipping, Adam and the unit norm
 
-One program handles one row, or one row of the output and a stretch of its columns; each sums in index order, without
-atomics, so that results repeat bit for bit. Nothing here waits for the device.
+A program handles one row (a token, a latent) or a stretch of its columns, several entries at a time. There are no
+atomics and every sum has a fixed order, so that results repeat bit for bit. Nothing here waits for the device but the
+end of `search`, whose result has a length that the host must know.
 """
 
 from collections.abc import Callable
-from typing import Any, TypeVar, cast, no_type_check
+from typing import Any, NamedTuple, TypeVar, cast, no_type_check
 
 import torch
 import triton
@@ -18,92 +20,182 @@ from torch import Tensor
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+BLOCK_ELEMENTS = 2**26
+"""Pre-activations computed at a time: 128 MB in bfloat16, enough rows to fill the matrix units."""
+
+_BF16_SLACK = 2
+"""Steps of bfloat16 below the k-th value within which entries are candidates (`sae.kernels.select`)."""
+
+_VECTOR = 1024
+"""Length of the rows into which vectors are cut for the optimizer's step."""
+
 
 def _jit(function: F) -> Any:
     """`triton.jit`, for the type checker."""
-    return cast(Any, triton.jit(function))
+    return cast(Any, triton.jit(function, do_not_specialize=["lowest"] if function.__name__ == "_candidates" else None))
 
 
 @_jit
 @no_type_check
-def _topk(pre_acts, latents, values, counts, width, k, BLOCK: tl.constexpr):
-    """One row: the k largest positive entries, ascending; of equal ones the lowest latent."""
+def _kth_key(keys, k, BITS: tl.constexpr):
+    """The largest number that at least k of `keys` reach, bit by bit from the top; 0 if fewer than k are positive."""
+    kth = 0
+    for i in range(BITS):
+        candidate = kth | (1 << (BITS - 1 - i))
+        reached = tl.sum((keys >= candidate).to(tl.int32), axis=0)
+        kth = tl.where(reached >= k, candidate, kth)
+    return kth
+
+
+@_jit
+@no_type_check
+def _candidates(
+    pre_acts, latents, counts, width, k, lowest, slack, capacity, BF16: tl.constexpr, TOP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row: the columns, ascending, of all entries that may be among its k largest, or of all with key >= lowest.
+
+    The largest of each of BLOCK groups of columns are found first. At least k entries reach the k-th of these, and
+    hardly more do as long as the k largest lie in different groups.
+    """
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
-    value = tl.load(pre_acts + row * width + column, mask=column < width, other=-1.0)
-    key = value.to(tl.int32, bitcast=True)  # positive floats sort like their bits
-    kth = 0
-    for i in range(31):
-        candidate = kth | (1 << (30 - i))
-        reached = tl.sum((key >= candidate).to(tl.int32), axis=0)
-        kth = tl.where(reached >= k, candidate, kth)
-    kth = tl.maximum(kth, 1)
+    own = pre_acts + row * width
+    bound = lowest
+    if TOP:
+        best = tl.zeros((BLOCK,), dtype=tl.int32)
+        for start in range(0, width, BLOCK):
+            value = tl.load(own + start + column, mask=start + column < width, other=-1.0)
+            key = value.to(tl.int16, bitcast=True).to(tl.int32) if BF16 else value.to(tl.int32, bitcast=True)
+            best = tl.maximum(best, key)
+        if BF16:
+            bound = tl.maximum(lowest, _kth_key(best, k, 15) - slack)
+        else:
+            bound = tl.maximum(lowest, _kth_key(best, k, 31) - slack)
+    n = 0
+    for start in range(0, width, BLOCK):
+        value = tl.load(own + start + column, mask=start + column < width, other=-1.0)
+        # Positive floats sort like their bits.
+        key = value.to(tl.int16, bitcast=True).to(tl.int32) if BF16 else value.to(tl.int32, bitcast=True)
+        keep = (key >= bound).to(tl.int32)
+        place = n + tl.cumsum(keep, axis=0) - 1
+        tl.store(latents + row * capacity + place, start + column, mask=(keep > 0) & (place < capacity))
+        n += tl.sum(keep, axis=0)
+    tl.store(counts + row, n)
+
+
+@_jit
+@no_type_check
+def _prune(latents, values, counts, kept_latents, kept_values, kept_counts, k, capacity, BLOCK: tl.constexpr):
+    """One row: the k largest positive of its candidates, ascending by latent; of equal ones the lowest latent."""
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.arange(0, BLOCK)
+    inside = slot < tl.minimum(tl.load(counts + row), capacity)
+    value = tl.load(values + row * capacity + slot, mask=inside, other=-1.0)
+    latent = tl.load(latents + row * capacity + slot, mask=inside, other=0)
+    key = value.to(tl.int32, bitcast=True)
+    kth = tl.maximum(_kth_key(key, k, 31), 1)
     above = key > kth
     tie = key == kth
     n_ties = k - tl.sum(above.to(tl.int32), axis=0)
     keep = above | (tie & (tl.cumsum(tie.to(tl.int32), axis=0) <= n_ties))
     place = tl.cumsum(keep.to(tl.int32), axis=0) - 1
-    tl.store(latents + row * k + place, column.to(tl.int64), mask=keep)
-    tl.store(values + row * k + place, value, mask=keep)
-    tl.store(counts + row, tl.sum(keep.to(tl.int32), axis=0))
+    tl.store(kept_latents + row * k + place, latent, mask=keep)
+    tl.store(kept_values + row * k + place, value, mask=keep)
+    tl.store(kept_counts + row, tl.sum(keep.to(tl.int32), axis=0))
 
 
 @_jit
 @no_type_check
-def _weighted_sums(starts, members, weights, table, base, out, width, HAS_BASE: tl.constexpr, BLOCK: tl.constexpr):
+def _weighted_sums(
+    starts, members, weights, table, base, out, sums, width, HAS_BASE: tl.constexpr, HAS_SUMS: tl.constexpr,
+    ENTRIES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One stretch of columns of out[i] = base + Σ weights[e] * table[members[e]], starts[i] <= e < starts[i + 1]."""
     i = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    entry = tl.arange(0, ENTRIES)
+    begin = tl.load(starts + i)
+    end = tl.load(starts + i + 1)
+    total = tl.zeros((ENTRIES, BLOCK), dtype=tl.float32)
+    weight_total = tl.zeros((ENTRIES,), dtype=tl.float32)
+    for first in range(begin, end, ENTRIES):
+        valid = first + entry < end
+        member = tl.load(members + first + entry, mask=valid, other=0).to(tl.int64)
+        weight = tl.load(weights + first + entry, mask=valid, other=0.0)
+        rows = table + member[:, None] * width + column[None, :]
+        total += weight[:, None] * tl.load(rows, mask=valid[:, None] & inside[None, :], other=0.0)
+        weight_total += weight
+    result = tl.sum(total, axis=0)
     if HAS_BASE:
-        total += tl.load(base + column, mask=inside, other=0.0)
-    for e in range(tl.load(starts + i), tl.load(starts + i + 1)):
-        member = tl.load(members + e)
-        total += tl.load(weights + e) * tl.load(table + member * width + column, mask=inside, other=0.0)
-    tl.store(out + i * width + column, total, mask=inside)
+        result += tl.load(base + column, mask=inside, other=0.0)
+    tl.store(out + i * width + column, result, mask=inside)
+    if HAS_SUMS:
+        tl.store(sums + i, tl.sum(weight_total, axis=0), mask=tl.program_id(1) == 0)
 
 
 @_jit
 @no_type_check
-def _dots(starts, members, left, right, dots, width, BLOCK: tl.constexpr):
-    """dots[e] = left[row] · right[members[e]] for the entries of one row."""
+def _dots(
+    starts, counts, members, left, right, bias, dots, width, capacity, TABLE: tl.constexpr, ENTRIES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dots[e] = left[row] · right[members[e]] for the entries of one row.
+
+    They lie at starts[row] to starts[row + 1], or in row `row` of a table of `capacity` columns, and have a bias then.
+    """
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
-    inside = column < width
-    own = tl.load(left + row * width + column, mask=inside, other=0.0)
-    for e in range(tl.load(starts + row), tl.load(starts + row + 1)):
-        member = tl.load(members + e)
-        other = tl.load(right + member * width + column, mask=inside, other=0.0)
-        tl.store(dots + e, tl.sum(own * other, axis=0))
+    entry = tl.arange(0, ENTRIES)
+    if TABLE:
+        begin = row * capacity
+        end = begin + tl.minimum(tl.load(counts + row), capacity)
+    else:
+        begin = tl.load(starts + row)
+        end = tl.load(starts + row + 1)
+    for first in range(begin, end, ENTRIES):
+        valid = first + entry < end
+        member = tl.load(members + first + entry, mask=valid, other=0).to(tl.int64)
+        total = tl.zeros((ENTRIES, BLOCK), dtype=tl.float32)
+        for start in range(0, width, BLOCK):
+            inside = start + column < width
+            own = tl.load(left + row * width + start + column, mask=inside, other=0.0)
+            others = right + member[:, None] * width + (start + column)[None, :]
+            total += own[None, :] * tl.load(others, mask=valid[:, None] & inside[None, :], other=0.0)
+        dot = tl.sum(total, axis=1)
+        if TABLE:
+            dot += tl.load(bias + member, mask=valid, other=0.0)
+        tl.store(dots + first + entry, dot, mask=valid)
 
 
 @_jit
 @no_type_check
-def _project(weight, grad, squares, width, PROJECT: tl.constexpr, BLOCK: tl.constexpr):
+def _project(weight, grad, squares, width, n, PROJECT: tl.constexpr, BLOCK: tl.constexpr):
     """Remove from a row of the gradient its part along the unit vector `weight`; squares = norm² of what is left."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
-    inside = column < width
-    g = tl.load(grad + row * width + column, mask=inside, other=0.0)
+    at = row * width + column
+    inside = (column < width) & (at < n)
+    g = tl.load(grad + at, mask=inside, other=0.0)
     if PROJECT:
-        w = tl.load(weight + row * width + column, mask=inside, other=0.0)
+        w = tl.load(weight + at, mask=inside, other=0.0)
         g -= tl.sum(g * w, axis=0) * w
-        tl.store(grad + row * width + column, g, mask=inside)
+        tl.store(grad + at, g, mask=inside)
     tl.store(squares + row, tl.sum(g * g, axis=0))
 
 
 @_jit
 @no_type_check
 def _adam(
-    weight, grad, mean, square, scale, width, step_size, beta1, beta2, correction2, eps,
+    weight, grad, mean, square, scale, width, n, step_size, beta1, beta2, correction2, eps,
     UNIT_NORM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A row's step of Adam on the gradient times scale[0], then norm 1."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
-    inside = column < width
     at = row * width + column
+    inside = (column < width) & (at < n)
     g = tl.load(grad + at, mask=inside, other=0.0) * tl.load(scale)
     m = tl.load(mean + at, mask=inside, other=0.0)
     v = tl.load(square + at, mask=inside, other=0.0)
@@ -117,31 +209,122 @@ def _adam(
     tl.store(weight + at, w, mask=inside)
 
 
+class _Table(NamedTuple):
+    """Candidates of a block of tokens: the first `counts` of each row of `latents` (rows, capacity) int32."""
+
+    latents: Tensor
+    counts: Tensor
+
+
+def _find(pre_acts: Tensor, k: int, lowest: int, slack: int, capacity: int) -> _Table:
+    """Candidates for the k largest of each row, or all entries with key >= lowest; `counts` may exceed the capacity."""
+    n_rows, width = pre_acts.shape
+    latents = torch.zeros(n_rows, capacity, dtype=torch.int32, device=pre_acts.device)
+    counts = torch.empty(n_rows, dtype=torch.int32, device=pre_acts.device)
+    block = max(1024, triton.next_power_of_2(4 * k))
+    numbers = (width, k, lowest, slack, capacity)
+    _candidates[(n_rows,)](
+        pre_acts, latents, counts, *numbers, BF16=pre_acts.dtype == torch.bfloat16, TOP=k > 0, BLOCK=block, num_warps=4
+    )
+    return _Table(latents, counts)
+
+
+def _keep_largest(found: _Table, values: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The k largest positive candidates of each row: latents and values (rows, k), and how many count."""
+    n_rows, capacity = found.latents.shape
+    latents = torch.zeros(n_rows, k, dtype=torch.int32, device=values.device)
+    kept = torch.zeros(n_rows, k, dtype=torch.float32, device=values.device)
+    counts = torch.empty(n_rows, dtype=torch.int32, device=values.device)
+    block = triton.next_power_of_2(capacity)
+    warps = min(16, max(1, block // 256))
+    _prune[(n_rows,)](*(found.latents, values, found.counts, latents, kept, counts), k, capacity, BLOCK=block,
+                      num_warps=warps)  # fmt: skip
+    return latents, kept, counts
+
+
 def topk(pre_acts: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The k largest positive entries of each row, ties to the lowest column.
+    """The k largest positive entries of each row, ascending by column, ties to the lowest column.
 
     Args:
-        pre_acts: (rows, width) float32, contiguous, width at most 65,536.
+        pre_acts: (rows, width) float32, contiguous.
     Returns: columns and values, both (rows, k), and how many of each row count; what stands behind them is undefined.
     """
-    n_rows, width = pre_acts.shape
-    latents = torch.zeros(n_rows, k, dtype=torch.int64, device=pre_acts.device)
-    values = torch.zeros(n_rows, k, dtype=torch.float32, device=pre_acts.device)
-    counts = torch.zeros(n_rows, dtype=torch.int32, device=pre_acts.device)
-    block = triton.next_power_of_2(width)
-    _topk[(n_rows,)](
-        pre_acts.contiguous(), latents, values, counts, width, k, BLOCK=block, num_warps=min(32, max(4, block // 1024))
+    capacity = pre_acts.shape[1]
+    found = _find(pre_acts, k, 1, 0, capacity)
+    return _keep_largest(found, pre_acts.gather(1, found.latents.long()), k)
+
+
+def search(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, bound: float, lowest: int, *, bf16: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pre-activations above `bound`, the k largest of each row or (k = 0) all.
+
+    Args:
+        x: (rows, d_in) float32, already centred.
+        W_enc: (d_in, d_sae), stored latent by latent.
+        lowest: least bits of a candidate, of bfloat16 numbers where `bf16`, else of float32 numbers.
+        bf16: candidates from a product in bfloat16; their values are computed again in float32.
+    Returns: row, latent and value of each entry, in row-major order.
+    """
+    d_sae, by_latent = W_enc.shape[1], W_enc.t().contiguous()
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    low = tuple(tensor.to(dtype) for tensor in (x, W_enc, b_enc))
+    n_rows = min(len(x), max(1, BLOCK_ELEMENTS // d_sae))
+    buffer = torch.empty(n_rows, d_sae, dtype=dtype, device=x.device)
+    capacity = min(d_sae, max(64, 2 * k) if k else 1024)
+    while True:
+        parts, most = [], []
+        for start in range(0, len(x), n_rows):
+            rows = x[start : start + n_rows]
+            block = torch.addmm(low[2], low[0][start : start + n_rows], low[1], out=buffer[: len(rows)])
+            found = _find(block, k, lowest, _BF16_SLACK if bf16 else 0, capacity)
+            most.append(found.counts.max())
+            values = _values(found, rows, by_latent, b_enc) if bf16 else block.gather(1, found.latents.long())
+            parts.append(_keep_largest(found, values, k) if k else (found.latents, values, found.counts))
+        n_most = int(torch.stack(most).max())
+        if n_most <= capacity:
+            break
+        capacity = min(d_sae, triton.next_power_of_2(n_most))  # many ties: once more, with room for all
+    latents, values, counts = (
+        torch.cat(tensors) if len(parts) > 1 else tensors[0] for tensors in zip(*parts, strict=True)
     )
-    return latents, values, counts
+    keep = torch.arange(latents.shape[1], device=x.device) < counts.unsqueeze(1)
+    if bound > 0 or not k:
+        keep &= values > bound
+    index = keep.view(-1).nonzero().squeeze(1)
+    return index // latents.shape[1], latents.view(-1)[index].long(), values.view(-1)[index]
 
 
-def weighted_sums(starts: Tensor, members: Tensor, weights: Tensor, table: Tensor, base: Tensor | None) -> Tensor:
-    """base + Σ weights[e] * table[members[e]] over the entries of each bin (`sae.kernels.cpu._weighted_sums`)."""
+def _values(found: _Table, x: Tensor, by_latent: Tensor, b_enc: Tensor) -> Tensor:
+    """The float32 pre-activations of the candidates, (rows, capacity); what stands behind the counts is undefined."""
+    values = torch.empty(found.latents.shape, dtype=torch.float32, device=x.device)
+    capacity, width = values.shape[1], x.shape[1]
+    arrays = (found.counts, found.counts, found.latents, x, by_latent, b_enc, values)
+    _dots[(len(x),)](*arrays, width, capacity, TABLE=True, ENTRIES=8, BLOCK=_columns(width))
+    return values
+
+
+def _columns(width: int) -> int:
+    """Columns that a program handles at a time."""
+    return int(min(256, triton.next_power_of_2(width)))
+
+
+def weighted_sums(
+    starts: Tensor, members: Tensor, weights: Tensor, table: Tensor, base: Tensor | None, sums: Tensor | None = None
+) -> Tensor:
+    """base + Σ weights[e] * table[members[e]] over the entries of each bin (`sae.kernels.cpu._weighted_sums`).
+
+    Args:
+        sums: takes Σ weights[e] of each bin.
+    """
     n_bins, width = len(starts) - 1, table.shape[1]
     out = torch.empty(n_bins, width, dtype=table.dtype, device=table.device)
-    block = min(1024, triton.next_power_of_2(width))
-    arrays = (starts, members, weights.contiguous(), table.contiguous(), table if base is None else base, out)
-    _weighted_sums[(n_bins, triton.cdiv(width, block))](*arrays, width, HAS_BASE=base is not None, BLOCK=block)
+    block = _columns(width)
+    arrays = (starts, members, weights.contiguous(), table.contiguous())
+    _weighted_sums[(n_bins, triton.cdiv(width, block))](
+        *arrays, table if base is None else base, out, out if sums is None else sums, width,
+        HAS_BASE=base is not None, HAS_SUMS=sums is not None, ENTRIES=8, BLOCK=block,
+    )  # fmt: skip
     return out
 
 
@@ -149,16 +332,28 @@ def dots(starts: Tensor, members: Tensor, left: Tensor, right: Tensor) -> Tensor
     """left[row] · right[members[e]] for the entries of each row."""
     found = torch.empty(len(members), dtype=left.dtype, device=left.device)
     width = left.shape[1]
-    arrays = (starts, members, left.contiguous(), right.contiguous(), found)
-    _dots[(len(left),)](*arrays, width, BLOCK=triton.next_power_of_2(width))
+    arrays = (starts, starts, members, left.contiguous(), right.contiguous(), left, found)
+    _dots[(len(left),)](*arrays, width, 0, TABLE=False, ENTRIES=8, BLOCK=_columns(width))
     return found
+
+
+def sort_by_latent(row: Tensor, latent: Tensor, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Where each latent's entries start once sorted by latent, the entries in that order, and their rows."""
+    # A radix sort costs as many passes as the keys have bytes.
+    keys = (latent - 2**15).to(torch.int16) if d_sae <= 2**16 else latent.to(torch.int32)
+    ordered, order = keys.sort(stable=True)
+    edges = torch.arange(d_sae + 1, device=latent.device) - (2**15 if d_sae <= 2**16 else 0)
+    starts = torch.searchsorted(ordered.to(torch.int32), edges.to(torch.int32))
+    return starts, order, row[order]
 
 
 def project(weight: Tensor, grad: Tensor, *, along_rows: bool) -> Tensor:
     """In place, the gradient without its part along the rows of `weight`; returns the norm² of each row."""
-    squares = torch.empty(len(grad), dtype=torch.float32, device=grad.device)
-    width = grad.shape[1]
-    _project[(len(grad),)](weight, grad, squares, width, PROJECT=along_rows, BLOCK=triton.next_power_of_2(width))
+    n_rows, width = _rows(grad, along_rows)
+    squares = torch.empty(n_rows, dtype=torch.float32, device=grad.device)
+    block = triton.next_power_of_2(width)
+    _project[(n_rows,)](weight, grad, squares, width, grad.numel(), PROJECT=along_rows, BLOCK=block,
+                        num_warps=_warps(block))  # fmt: skip
     return squares
 
 
@@ -175,9 +370,20 @@ def adam(
     eps: float,
     unit_norm: bool,
 ) -> None:
-    """A step of Adam, in place, on matrices (`sae.kernels.compiled.adam_rows`); `scale` is one number on the device."""
-    width = weight.shape[1]
-    numbers = (step_size, *betas, correction2, eps)
-    _adam[(len(weight),)](
-        weight, grad, mean, square, scale, width, *numbers, UNIT_NORM=unit_norm, BLOCK=triton.next_power_of_2(width)
-    )
+    """A step of Adam, in place (`sae.kernels.compiled.adam_rows`); `scale` is one number on the device."""
+    n_rows, width = _rows(weight, unit_norm)
+    numbers = (width, weight.numel(), step_size, *betas, correction2, eps)
+    block = triton.next_power_of_2(width)
+    _adam[(n_rows,)](weight, grad, mean, square, scale, *numbers, UNIT_NORM=unit_norm, BLOCK=block,
+                     num_warps=_warps(block))  # fmt: skip
+
+
+def _rows(matrix: Tensor, whole: bool) -> tuple[int, int]:
+    """Rows and columns; a single row is cut into stretches unless its programs need it whole."""
+    if whole or len(matrix) > 1:
+        return len(matrix), matrix.shape[1]
+    return triton.cdiv(matrix.numel(), _VECTOR), _VECTOR
+
+
+def _warps(block: int) -> int:
+    return int(min(16, max(4, block // 512)))

@@ -1,12 +1,13 @@
 """When the compiled loops are used, and how threads share one.
 
-The loops work on float32 tensors on the CPU, where numba is installed; everything else takes torch operations, or on a
-GPU, when asked for, those of `sae.kernels.cuda`.
+The loops work on float32 tensors on the CPU, where numba is installed; on a GPU, with
+Triton, those of `sae.kernels.cuda` are used; everything else takes torch operations.
 
 Threads: numba's own pool beside that of torch would make both wait actively for each other's cores, so the loops are
 compiled without it; they release the interpreter's lock and run on plain Python threads that sleep between calls.
 """
 
+import importlib.util
 import itertools
 import os
 import warnings
@@ -42,15 +43,21 @@ def usable(*tensors: Tensor) -> ModuleType | None:
     return None
 
 
-def triton_kernels(*tensors: Tensor) -> ModuleType | None:
-    """`sae.kernels.cuda` if SAE_TRITON=1 asks for it and it can work on all of `tensors`, else None."""
-    if os.environ.get("SAE_TRITON") != "1":
-        return None
-    if not all(tensor.device.type == "cuda" and tensor.dtype == torch.float32 for tensor in tensors):
+@cache
+def _triton() -> ModuleType | None:
+    """`sae.kernels.cuda`; None without Triton, or where SAE_TRITON=0 turns it off."""
+    if os.environ.get("SAE_TRITON") == "0" or importlib.util.find_spec("triton") is None:
         return None
     from sae.kernels import cuda
 
     return cuda
+
+
+def triton_kernels(*tensors: Tensor) -> ModuleType | None:
+    """`sae.kernels.cuda` if it is there and can work on all of `tensors`, else None."""
+    if all(tensor.device.type == "cuda" and tensor.dtype == torch.float32 for tensor in tensors):
+        return _triton()
+    return None
 
 
 @cache

@@ -24,6 +24,9 @@ from sae.parallel import Group
 _BLOCK_ELEMENTS = 4_000_000
 """Pre-activations computed at a time: 16 MB in float32, about the last-level cache's share of two cores."""
 
+_GPU_BLOCK_ELEMENTS = 2**26
+"""The same on a GPU: enough rows to fill its matrix units."""
+
 _BOUND_MARGIN = 0.9
 """Lower bound of a BatchTopK selection as a share of the last step's threshold: about 1.4 survivors per kept entry."""
 
@@ -58,6 +61,10 @@ def largest(values: Float[Tensor, " n"], n_keep: int) -> Bool[Tensor, " n"]:
     """Mask of the `n_keep` largest values; of equal ones those with the lowest index."""
     if n_keep >= len(values):
         return torch.ones_like(values, dtype=torch.bool)
+    if values.device.type == "cuda":  # the same without waiting for the device
+        smallest = values.topk(n_keep, sorted=False).values.min()
+        above, tied = values > smallest, values == smallest
+        return above | (tied & (tied.cumsum(0) <= n_keep - above.sum()))
     loops = usable(values)
     if loops is not None and bool((values > 0).all()):
         key, n_above = loops.nth_largest(values.contiguous().view(torch.int32).numpy(), n_keep)
@@ -74,7 +81,8 @@ def largest(values: Float[Tensor, " n"], n_keep: int) -> Bool[Tensor, " n"]:
 
 
 def _block_rows(encoder: Encoder) -> int:
-    return max(1, _BLOCK_ELEMENTS // encoder.W_enc.shape[1])
+    elements = _GPU_BLOCK_ELEMENTS if encoder.W_enc.device.type == "cuda" else _BLOCK_ELEMENTS
+    return max(1, elements // encoder.W_enc.shape[1])
 
 
 def _key(value: float) -> int:
@@ -83,15 +91,18 @@ def _key(value: float) -> int:
 
 
 def _search(encoder: Encoder, k: int, bound: float, bf16: bool) -> SparseLatents | None:
-    """Pre-activations above `bound`, the k largest of each row or (k = 0) all; None without the compiled loops."""
+    """Pre-activations above `bound`, the k largest of each row or (k = 0) all; None where only torch works."""
     x, W_enc, b_enc = encoder.x_centred.detach().contiguous(), encoder.W_enc.detach(), encoder.b_enc.detach()
+    lowest = np.int32(max(1, (_key(bound) >> 16) - _BF16_SLACK) if bf16 else max(1, _key(bound) + 1))
+    on_gpu = triton_kernels(x, W_enc, b_enc)
+    if on_gpu is not None:
+        return SparseLatents(*on_gpu.search(x, W_enc, b_enc, k, bound, int(lowest), bf16=bf16))
     loops = usable(x, W_enc, b_enc)
     if loops is None:
         return None
     d_sae, dtype = W_enc.shape[1], torch.bfloat16 if bf16 else torch.float32
     by_latent = W_enc.t().contiguous().numpy()
     low = tuple(tensor.to(dtype) for tensor in (x, W_enc, b_enc))
-    lowest = np.int32(max(1, (_key(bound) >> 16) - _BF16_SLACK) if bf16 else max(1, _key(bound) + 1))
     slack = np.int32(_BF16_SLACK if bf16 else 0)
     capacity = min(d_sae, (2 * k if bf16 else k) or 256)
     n_rows = min(_block_rows(encoder), len(x))
@@ -263,11 +274,6 @@ def select_topk(encoder: Encoder, k: int, *, bf16: bool = False) -> SparseLatent
 def _topk_of_block(encoder: Encoder, k: int, first_row: int, bf16: bool) -> SparseLatents:
     x, W_enc, b_enc = encoder
     d_sae = W_enc.shape[1]
-    on_gpu = triton_kernels(x, W_enc, b_enc)
-    if on_gpu is not None and not bf16:
-        latent, value, counts = on_gpu.topk(torch.addmm(b_enc, x, W_enc), k)
-        row, slot = (torch.arange(k, device=x.device) < counts.unsqueeze(1)).nonzero(as_tuple=True)
-        return SparseLatents(row + first_row, latent[row, slot], value[row, slot])
     if bf16:
         pre_acts = torch.addmm(b_enc.bfloat16(), x.bfloat16(), W_enc.bfloat16())
         candidate = pre_acts.topk(min(2 * k, d_sae), dim=1, sorted=False).indices.sort(dim=1).values

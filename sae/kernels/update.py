@@ -1,12 +1,16 @@
 """Projection, clipping, Adam and the unit norm of decoder rows, row by row while a row is in cache."""
 
 import math
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from sae.base import SAE
-from sae.kernels.loops import share_evenly, usable
+from sae.kernels.loops import share_evenly, triton_kernels, usable
+
+Job = tuple[Tensor, dict[str, Tensor], list[Tensor]]
+"""A parameter, its state in Adam, and weight, gradient and both moments as matrices."""
 
 
 def _rows(tensor: Tensor) -> Tensor | None:
@@ -33,23 +37,64 @@ def fused_update(sae: SAE, adam: torch.optim.Adam, grad_clip: float | None) -> b
     1. per row of W_dec, remove the gradient along it (if rows have norm 1); norms of all gradients
     2. per row, clip, step of Adam, and norm 1 again
 
-    Returns: False, with nothing changed, where the compiled loops cannot do it: not float32 on the CPU, or no numba.
+    Returns: False, with nothing changed, where only torch can do it: not float32, or neither numba nor Triton.
     """
     parameters = [parameter for parameter in sae.parameters() if parameter.grad is not None]
-    loops = usable(*parameters)
-    if loops is None:
+    loops, on_gpu = usable(*parameters), triton_kernels(*parameters)
+    if loops is None and on_gpu is None:
         return False
-    jobs = []
+    jobs: list[Job] = []
     for parameter in parameters:
         assert parameter.grad is not None
         state = _state_of(parameter, adam)
-        matrices = [_rows(tensor) for tensor in (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])]
-        arrays = [matrix.detach().numpy() for matrix in matrices if matrix is not None]
-        if len(arrays) < 4 or len({array.shape for array in arrays}) > 1:
+        tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
+        matrices = [matrix.detach() for tensor in tensors if (matrix := _rows(tensor)) is not None]
+        if len(matrices) < 4 or len({matrix.shape for matrix in matrices}) > 1:
             return False
-        jobs.append((parameter, state, arrays))
+        jobs.append((parameter, state, matrices))
+    if on_gpu is not None:
+        _update_on_gpu(on_gpu, sae, adam, grad_clip, jobs)
+    else:
+        assert loops is not None
+        _update_on_cpu(loops, sae, adam, grad_clip, jobs)
+    return True
+
+
+def _update_on_gpu(
+    kernels: ModuleType, sae: SAE, adam: torch.optim.Adam, grad_clip: float | None, jobs: list[Job]
+) -> None:
+    squares = [
+        kernels.project(weight, grad, along_rows=parameter is sae.W_dec and sae.unit_norm_decoder)
+        for parameter, _, (weight, grad, _, _) in jobs
+    ]
+    norm = torch.cat(squares).sum(dtype=torch.float64).sqrt()
+    scale = torch.ones_like(norm) if grad_clip is None else (grad_clip / (norm + 1e-6)).clamp(max=1)
+    scale = scale.to(torch.float32)  # stays on the device: the host does not wait for the gradients
+    group = adam.param_groups[0]
+    (beta1, beta2), lr, eps = group["betas"], float(group["lr"]), float(group["eps"])
+    for parameter, state, (weight, grad, mean, square) in jobs:
+        state["step"] = state["step"].cpu() + 1
+        t = int(state["step"])
+        kernels.adam(
+            weight,
+            grad,
+            mean,
+            square,
+            scale,
+            step_size=lr / (1 - beta1**t),
+            betas=(beta1, beta2),
+            correction2=1 / math.sqrt(1 - beta2**t),
+            eps=eps,
+            unit_norm=parameter is sae.W_dec and sae.unit_norm_decoder,
+        )
+
+
+def _update_on_cpu(
+    loops: ModuleType, sae: SAE, adam: torch.optim.Adam, grad_clip: float | None, jobs: list[Job]
+) -> None:
+    arrays = [(parameter, state, [matrix.numpy() for matrix in matrices]) for parameter, state, matrices in jobs]
     squares = []
-    for parameter, _, (weight, grad, _, _) in jobs:
+    for parameter, _, (weight, grad, _, _) in arrays:
         rows = torch.empty(len(weight))
         project = parameter is sae.W_dec and sae.unit_norm_decoder
         share_evenly(loops.project_rows, len(weight), weight.size, weight, grad, rows.numpy(), project)
@@ -58,11 +103,10 @@ def fused_update(sae: SAE, adam: torch.optim.Adam, grad_clip: float | None) -> b
     scale = 1.0 if grad_clip is None else min(1.0, grad_clip / (norm + 1e-6))
     group = adam.param_groups[0]
     (beta1, beta2), lr, eps = group["betas"], float(group["lr"]), float(group["eps"])
-    for parameter, state, (weight, grad, mean, square) in jobs:
+    for parameter, state, (weight, grad, mean, square) in arrays:
         state["step"] += 1
         t = int(state["step"])
         numbers = (scale, lr / (1 - beta1**t), beta1, beta2, 1 / math.sqrt(1 - beta2**t), eps)
         unit_norm = parameter is sae.W_dec and sae.unit_norm_decoder
         scalars = [weight.dtype.type(number) for number in numbers]
         share_evenly(loops.adam_rows, len(weight), 4 * weight.size, weight, grad, mean, square, *scalars, unit_norm)
-    return True
