@@ -276,12 +276,13 @@ def _machine() -> str:
 
 
 def _process_started(process: int) -> str:
-    """When the process started, in the kernel's ticks; empty if there is none, or that cannot be told."""
+    """When the process started, in the kernel's ticks; empty if it has ended, or that cannot be told."""
     try:
         stat = Path(f"/proc/{process}/stat").read_text()
     except OSError:
         return ""
-    return stat.rpartition(")")[2].split()[19]
+    state, *fields = stat.rpartition(")")[2].split()
+    return "" if state in "ZX" else fields[18]  # a killed process that nobody has waited for is still listed
 
 
 _MACHINE = _machine()
