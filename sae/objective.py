@@ -36,6 +36,8 @@ class StepContext(NamedTuple):
     """Dead latents that each token uses in it."""
     bf16: bool
     """Search for the candidates of a selection in bfloat16."""
+    any_dead: bool | None = None
+    """Whether there are dead latents, where that is known already: asking a GPU takes time."""
 
 
 class StepLosses(NamedTuple):

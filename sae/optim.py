@@ -1,6 +1,6 @@
 """The optimizer's step, the learning-rate schedule and the unit norm of the decoder's rows."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -28,12 +28,19 @@ class Optimizer:
         self.grad_clip = grad_clip
         self.adam = torch.optim.Adam(sae.parameters(), lr=lr, betas=betas or sae.adam_betas, fused=True)
 
-    def update(self, loss: Float[Tensor, ""], lr: float) -> None:
-        """One step of Adam on the gradient of `loss`."""
+    def update(self, loss: Float[Tensor, ""], lr: float, check: Callable[[], None] | None = None) -> None:
+        """One step of Adam on the gradient of `loss`.
+
+        Args:
+            check: called before the weights change, may raise. By then a GPU has the gradients to compute, and need not
+                wait while the host looks at the loss.
+        """
         parameters = list(self.sae.parameters())
         self.adam.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         self.group.sum_gradients(parameters)
+        if check is not None:
+            check()
         assert self.sae.W_dec.grad is not None
         for param_group in self.adam.param_groups:
             param_group["lr"] = lr

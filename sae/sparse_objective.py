@@ -80,13 +80,15 @@ def step_losses(
     """The losses with what the kept latents say about firing."""
     fired = torch.zeros(d_sae, dtype=torch.bool, device=total.device)
     fired[latents.latent] = True
-    n_active = torch.tensor(len(latents.value), device=total.device)
+    n_active = torch.full((), len(latents.value), device=total.device)  # a kernel, where `tensor` would copy
     return StepLosses(total, reconstruction, fired, n_active, smallest_kept)
 
 
 def revives_dead_latents(context: StepContext) -> bool:
     """Whether this step has an AuxK loss: it is configured, and some latent is dead."""
-    return context.auxk_alpha > 0 and bool(context.dead.any())
+    if context.auxk_alpha == 0:
+        return False
+    return bool(context.dead.any()) if context.any_dead is None else context.any_dead
 
 
 def auxk_term(

@@ -66,6 +66,9 @@ class ThresholdSAE(SAE):
     @torch.no_grad()
     def follow_threshold(self, smallest_kept: float, step: int) -> None:
         """Move the threshold towards the smallest value that a training step kept: a running mean, rate 0.1."""
+        if step > 0 and self.threshold.device.type == "cuda":  # without waiting for the device
+            self.threshold.mul_(0.9).add_(0.1 * smallest_kept)
+            return
         self.threshold.fill_(smallest_kept if step == 0 else 0.9 * float(self.threshold) + 0.1 * smallest_kept)
 
     @torch.no_grad()

@@ -134,6 +134,7 @@ class Trainer:
         self.config = config
         self.n_steps = n_steps
         self.normalisers = tuple(normaliser.to(self.device) for normaliser in normalisers)
+        self._applied = [None if normaliser.is_identity else normaliser for normaliser in self.normalisers]
         self.group = Group()
         self.group.broadcast(list(self.sae.state_dict().values()))
         self.optimizer = Optimizer(self.sae, self.group, config.lr, config.betas, config.grad_clip)
@@ -190,6 +191,7 @@ class Trainer:
         variance, n_tokens = self.group.total_variance(target)
         dead_after = self.dead_threshold_tokens
         dead = self.tokens_since_fired >= dead_after
+        n_dead = int(dead.sum())
         context = StepContext(
             group=self.group,
             n_tokens=n_tokens,
@@ -201,28 +203,36 @@ class Trainer:
             auxk_alpha=config.auxk_alpha,
             k_aux=config.k_aux or self.sae.d_in // 2,
             bf16=multiplies_bf16(self.device) if config.autocast_bf16 is None else config.autocast_bf16,
+            any_dead=n_dead > 0,
         )
         losses = self.sae.objective(x, target, context)
-        loss, batch_fvu, n_active = self.group.sum(
-            torch.stack([losses.total.detach(), losses.reconstruction.detach(), losses.n_active.to(losses.total.dtype)])
-        ).tolist()
-        if not (loss == loss and abs(loss) != float("inf")):
-            if float(variance) == 0:
-                raise ValueError(
-                    f"A batch must hold at least two different rows, got {n_tokens} of variance 0 at step {self.step}. "
-                    "The weights were left as they were; take larger batches, or look for constant activations."
+        totals = _Reading(
+            self.group.sum(
+                torch.stack(
+                    [losses.total.detach(), losses.reconstruction.detach(), losses.n_active.to(losses.total.dtype)]
                 )
-            raise DivergedError(
-                f"The loss must be finite, got {loss} at step {self.step} (batch variance {float(variance):.4g}). "
-                "The weights were left as they were; lower `lr`, or normalise the inputs."
             )
+        )
         lr = config.lr * schedule(self.step, self.n_steps, config.warmup_fraction, config.decay_fraction)
-        self.optimizer.update(losses.total, lr)
+        self.optimizer.update(losses.total, lr, lambda: self._check_finite(totals.read()[0], variance, n_tokens))
+        loss, batch_fvu, n_active = totals.read()
         self._count(losses, n_tokens)
         self.step += 1
         self.n_tokens += n_tokens
-        return StepMetrics(
-            self.step, loss, batch_fvu, n_active / n_tokens, int(dead.sum()), dead_after, lr, self.n_tokens
+        return StepMetrics(self.step, loss, batch_fvu, n_active / n_tokens, n_dead, dead_after, lr, self.n_tokens)
+
+    def _check_finite(self, loss: float, variance: Float[Tensor, ""], n_tokens: int) -> None:
+        """Refuse a loss that is NaN or infinite, before the weights change."""
+        if loss == loss and abs(loss) != float("inf"):
+            return
+        if float(variance) == 0:
+            raise ValueError(
+                f"A batch must hold at least two different rows, got {n_tokens} of variance 0 at step {self.step}. "
+                "The weights were left as they were; take larger batches, or look for constant activations."
+            )
+        raise DivergedError(
+            f"The loss must be finite, got {loss} at step {self.step} (batch variance {float(variance):.4g}). "
+            "The weights were left as they were; lower `lr`, or normalise the inputs."
         )
 
     # ---- dead latents and the inference threshold -----------------------------------------------------------------
@@ -249,7 +259,7 @@ class Trainer:
         tensors = [batch] if isinstance(batch, Tensor) else list(batch)
         _check_batch(tensors, self.sae.batch_widths, self.step)
         checked = []
-        for tensor, normaliser in zip(tensors, self.normalisers, strict=True):
+        for tensor, normaliser in zip(tensors, self._applied, strict=True):
             x = tensor.to(self.device, torch.float32)
             if not bool(torch.isfinite(x.sum())):
                 n_bad = int((~torch.isfinite(x)).any(dim=1).sum())  # 0 when finite numbers add up to infinity
@@ -258,7 +268,7 @@ class Trainer:
                     f"infinity at step {self.step}. The weights were left as they were; look for the shard that these "
                     "rows come from."
                 )
-            checked.append(normaliser.apply(x))
+            checked.append(x if normaliser is None else normaliser.apply(x))
         return checked
 
     def _mean(self, x: Float[Tensor, "batch width"]) -> Float[Tensor, " width"]:
@@ -342,6 +352,23 @@ class Trainer:
         self.step, self.n_tokens = int(state["step"]), int(state["n_tokens"])
         self.initialised, self._smallest_kept = bool(state["initialised"]), float(state["smallest_kept"])
         self.optimizer.load_state_dict(state)
+
+
+class _Reading:
+    """Numbers on their way to the host: `read` waits for them, not for what the device was given to do after them."""
+
+    def __init__(self, numbers: Float[Tensor, " n"]) -> None:
+        self._numbers = numbers
+        self._arrived: torch.cuda.Event | None = None
+        if numbers.device.type == "cuda":
+            on_host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self._numbers = on_host.copy_(numbers, non_blocking=True)
+            self._arrived = torch.cuda.current_stream(numbers.device).record_event()
+
+    def read(self) -> list[float]:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return [float(number) for number in self._numbers.tolist()]
 
 
 def _check_batch(tensors: Sequence[Tensor], widths: Sequence[int], step: int) -> None:

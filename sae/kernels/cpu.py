@@ -128,7 +128,7 @@ def _dots(
     """left[row] · right[latent] for every entry."""
     on_gpu = triton_kernels(left, right)
     if on_gpu is not None:
-        dots: Tensor = on_gpu.dots(layout.by_row, layout.latent, left, right)
+        dots: Tensor = on_gpu.pair_dots(layout.row, layout.latent, left, right)
         return dots
     loops = usable(left, right)
     if loops is None:

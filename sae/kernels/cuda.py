@@ -2,7 +2,7 @@
 
     search          the encoder's product over blocks of tokens; candidates, exact values, the k largest
     weighted_sums   decoding, and the gradients of both weight matrices
-    dots            the gradient of the latents
+    pair_dots       the gradient of the latents
     project, adam   projection, clipping, Adam and the unit norm
 
 A program handles one row (a token, a latent) or a stretch of its columns, several entries at a time. There are no
@@ -20,8 +20,8 @@ from torch import Tensor
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-BLOCK_ELEMENTS = 2**26
-"""Pre-activations computed at a time: 128 MB in bfloat16, enough rows to fill the matrix units."""
+BLOCK_ELEMENTS = 2**27
+"""Pre-activations computed at a time: 256 MB in bfloat16, enough rows to fill the matrix units."""
 
 _BF16_SLACK = 2
 """Steps of bfloat16 below the k-th value within which entries are candidates (`sae.kernels.select`)."""
@@ -64,7 +64,7 @@ def _candidates(
     bound = lowest
     if TOP:
         best = tl.zeros((BLOCK,), dtype=tl.int32)
-        for start in range(0, width, BLOCK):
+        for start in tl.range(0, width, BLOCK, loop_unroll_factor=4):
             value = tl.load(own + start + column, mask=start + column < width, other=-1.0)
             key = value.to(tl.int16, bitcast=True).to(tl.int32) if BF16 else value.to(tl.int32, bitcast=True)
             best = tl.maximum(best, key)
@@ -73,14 +73,16 @@ def _candidates(
         else:
             bound = tl.maximum(lowest, _kth_key(best, k, 31) - slack)
     n = 0
-    for start in range(0, width, BLOCK):
+    for start in tl.range(0, width, BLOCK, loop_unroll_factor=2):
         value = tl.load(own + start + column, mask=start + column < width, other=-1.0)
         # Positive floats sort like their bits.
         key = value.to(tl.int16, bitcast=True).to(tl.int32) if BF16 else value.to(tl.int32, bitcast=True)
         keep = (key >= bound).to(tl.int32)
-        place = n + tl.cumsum(keep, axis=0) - 1
-        tl.store(latents + row * capacity + place, start + column, mask=(keep > 0) & (place < capacity))
-        n += tl.sum(keep, axis=0)
+        n_keep = tl.sum(keep, axis=0)
+        if n_keep > 0:
+            place = n + tl.cumsum(keep, axis=0) - 1
+            tl.store(latents + row * capacity + place, start + column, mask=(keep > 0) & (place < capacity))
+        n += n_keep
     tl.store(counts + row, n)
 
 
@@ -103,6 +105,62 @@ def _prune(latents, values, counts, kept_latents, kept_values, kept_counts, k, c
     tl.store(kept_latents + row * k + place, latent, mask=keep)
     tl.store(kept_values + row * k + place, value, mask=keep)
     tl.store(kept_counts + row, tl.sum(keep.to(tl.int32), axis=0))
+
+
+@_jit
+@no_type_check
+def _flatten(
+    latents, values, counts, ends, rows, flat_latents, flat_values, capacity, HAS_VALUES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row of a table, to where its entries lie among all."""
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.arange(0, BLOCK)
+    count = tl.load(counts + row)
+    begin = tl.load(ends + row) - count
+    for start in range(0, count, BLOCK):
+        inside = start + slot < count
+        source = row * capacity + start + slot
+        at = begin + start + slot
+        tl.store(rows + at, tl.zeros((BLOCK,), dtype=tl.int64) + row, mask=inside)
+        latent = tl.load(latents + source, mask=inside, other=0)
+        tl.store(flat_latents + at, latent.to(tl.int64), mask=inside)
+        if HAS_VALUES:
+            tl.store(flat_values + at, tl.load(values + source, mask=inside, other=0.0), mask=inside)
+
+
+@_jit
+@no_type_check
+def _pair_dots(rows, members, left, right, bias, dots, width, n, HAS_BIAS: tl.constexpr, ENTRIES: tl.constexpr,
+               BLOCK: tl.constexpr):  # fmt: skip
+    """dots[e] = left[rows[e]] · right[members[e]] for some entries, whatever rows they are of."""
+    entry = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)
+    column = tl.arange(0, BLOCK)
+    valid = entry < n
+    row = tl.load(rows + entry, mask=valid, other=0)
+    member = tl.load(members + entry, mask=valid, other=0)
+    total = tl.zeros((ENTRIES, BLOCK), dtype=tl.float32)
+    for start in range(0, width, BLOCK):
+        inside = valid[:, None] & (start + column < width)[None, :]
+        own = tl.load(left + row[:, None] * width + (start + column)[None, :], mask=inside, other=0.0)
+        total += own * tl.load(right + member[:, None] * width + (start + column)[None, :], mask=inside, other=0.0)
+    dot = tl.sum(total, axis=1)
+    if HAS_BIAS:
+        dot += tl.load(bias + member, mask=valid, other=0.0)
+    tl.store(dots + entry, dot, mask=valid)
+
+
+@_jit
+@no_type_check
+def _squared_distances(x, y, squares, width, Y_ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """squares[row] = ‖x[row] − y[row]‖², or ‖x[row] − y[0]‖²."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    other = y + row * width if Y_ROWS else y
+    difference = tl.load(x + row * width + column, mask=inside, other=0.0)
+    difference -= tl.load(other + column, mask=inside, other=0.0)
+    tl.store(squares + row, tl.sum(difference * difference, axis=0))
 
 
 @_jit
@@ -137,23 +195,15 @@ def _weighted_sums(
 
 @_jit
 @no_type_check
-def _dots(
-    starts, counts, members, left, right, bias, dots, width, capacity, TABLE: tl.constexpr, ENTRIES: tl.constexpr,
-    BLOCK: tl.constexpr,
+def _table_dots(
+    counts, members, left, right, bias, dots, width, capacity, ENTRIES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dots[e] = left[row] · right[members[e]] for the entries of one row.
-
-    They lie at starts[row] to starts[row + 1], or in row `row` of a table of `capacity` columns, and have a bias then.
-    """
+    """dots[e] = left[row] · right[members[e]] + bias[members[e]] for the entries of one row of a table."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     entry = tl.arange(0, ENTRIES)
-    if TABLE:
-        begin = row * capacity
-        end = begin + tl.minimum(tl.load(counts + row), capacity)
-    else:
-        begin = tl.load(starts + row)
-        end = tl.load(starts + row + 1)
+    begin = row * capacity
+    end = begin + tl.minimum(tl.load(counts + row), capacity)
     for first in range(begin, end, ENTRIES):
         valid = first + entry < end
         member = tl.load(members + first + entry, mask=valid, other=0).to(tl.int64)
@@ -163,9 +213,7 @@ def _dots(
             own = tl.load(left + row * width + start + column, mask=inside, other=0.0)
             others = right + member[:, None] * width + (start + column)[None, :]
             total += own[None, :] * tl.load(others, mask=valid[:, None] & inside[None, :], other=0.0)
-        dot = tl.sum(total, axis=1)
-        if TABLE:
-            dot += tl.load(bias + member, mask=valid, other=0.0)
+        dot = tl.sum(total, axis=1) + tl.load(bias + member, mask=valid, other=0.0)
         tl.store(dots + first + entry, dot, mask=valid)
 
 
@@ -209,37 +257,49 @@ def _adam(
     tl.store(weight + at, w, mask=inside)
 
 
+class _Tile(NamedTuple):
+    """What a program handles at a time: entries, columns, and the warps that share the work."""
+
+    entries: int
+    columns: int
+    warps: int
+
+
+# The fastest of about fifteen shapes each on an H200, at widths of 768 and 2,304.
+CANDIDATES = _Tile(1, 256, 1)
+DOTS = _Tile(8, 128, 1)
+PAIR_DOTS = _Tile(16, 64, 2)
+SUMS = _Tile(4, 256, 1)
+
+
 class _Table(NamedTuple):
     """Candidates of a block of tokens: the first `counts` of each row of `latents` (rows, capacity) int32."""
 
     latents: Tensor
     counts: Tensor
+    values: Tensor | None = None
 
 
-def _find(pre_acts: Tensor, k: int, lowest: int, slack: int, capacity: int) -> _Table:
+def _find(pre_acts: Tensor, k: int, lowest: int, slack: int, out: _Table) -> None:
     """Candidates for the k largest of each row, or all entries with key >= lowest; `counts` may exceed the capacity."""
     n_rows, width = pre_acts.shape
-    latents = torch.zeros(n_rows, capacity, dtype=torch.int32, device=pre_acts.device)
-    counts = torch.empty(n_rows, dtype=torch.int32, device=pre_acts.device)
-    block = max(1024, triton.next_power_of_2(4 * k))
-    numbers = (width, k, lowest, slack, capacity)
-    _candidates[(n_rows,)](
-        pre_acts, latents, counts, *numbers, BF16=pre_acts.dtype == torch.bfloat16, TOP=k > 0, BLOCK=block, num_warps=4
-    )
-    return _Table(latents, counts)
+    block = max(CANDIDATES.columns, triton.next_power_of_2(4 * k))
+    numbers = (width, k, lowest, slack, out.latents.shape[1])
+    _candidates[(n_rows,)](pre_acts, out.latents, out.counts, *numbers, BF16=pre_acts.dtype == torch.bfloat16,
+                           TOP=k > 0, BLOCK=block, num_warps=max(1, min(16, block // 1024)))  # fmt: skip
 
 
-def _keep_largest(found: _Table, values: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def _keep_largest(found: _Table, values: Tensor, k: int) -> _Table:
     """The k largest positive candidates of each row: latents and values (rows, k), and how many count."""
     n_rows, capacity = found.latents.shape
-    latents = torch.zeros(n_rows, k, dtype=torch.int32, device=values.device)
-    kept = torch.zeros(n_rows, k, dtype=torch.float32, device=values.device)
+    latents = torch.empty(n_rows, k, dtype=torch.int32, device=values.device)
+    kept = torch.empty(n_rows, k, dtype=torch.float32, device=values.device)
     counts = torch.empty(n_rows, dtype=torch.int32, device=values.device)
     block = triton.next_power_of_2(capacity)
     warps = min(16, max(1, block // 256))
     _prune[(n_rows,)](*(found.latents, values, found.counts, latents, kept, counts), k, capacity, BLOCK=block,
                       num_warps=warps)  # fmt: skip
-    return latents, kept, counts
+    return _Table(latents, counts, kept)
 
 
 def topk(pre_acts: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -249,9 +309,11 @@ def topk(pre_acts: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         pre_acts: (rows, width) float32, contiguous.
     Returns: columns and values, both (rows, k), and how many of each row count; what stands behind them is undefined.
     """
-    capacity = pre_acts.shape[1]
-    found = _find(pre_acts, k, 1, 0, capacity)
-    return _keep_largest(found, pre_acts.gather(1, found.latents.long()), k)
+    found = _Table(torch.zeros_like(pre_acts, dtype=torch.int32), torch.empty_like(pre_acts[:, 0], dtype=torch.int32))
+    _find(pre_acts, k, 1, 0, found)
+    kept = _keep_largest(found, pre_acts.gather(1, found.latents.long()), k)
+    assert kept.values is not None
+    return kept.latents, kept.values, kept.counts
 
 
 def search(
@@ -267,46 +329,68 @@ def search(
     Returns: row, latent and value of each entry, in row-major order.
     """
     d_sae, by_latent = W_enc.shape[1], W_enc.t().contiguous()
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    low = tuple(tensor.to(dtype) for tensor in (x, W_enc, b_enc))
-    n_rows = min(len(x), max(1, BLOCK_ELEMENTS // d_sae))
-    buffer = torch.empty(n_rows, d_sae, dtype=dtype, device=x.device)
-    capacity = min(d_sae, max(64, 2 * k) if k else 1024)
+    capacity = min(d_sae, max(64, 2 * k) if k else 4096)
     while True:
-        parts, most = [], []
-        for start in range(0, len(x), n_rows):
-            rows = x[start : start + n_rows]
-            block = torch.addmm(low[2], low[0][start : start + n_rows], low[1], out=buffer[: len(rows)])
-            found = _find(block, k, lowest, _BF16_SLACK if bf16 else 0, capacity)
-            most.append(found.counts.max())
-            values = _values(found, rows, by_latent, b_enc) if bf16 else block.gather(1, found.latents.long())
-            parts.append(_keep_largest(found, values, k) if k else (found.latents, values, found.counts))
-        n_most = int(torch.stack(most).max())
+        found = _all_candidates(x, W_enc, b_enc, k, lowest, capacity, bf16)
+        kept = _keep_largest(found, _values(found, x, by_latent, b_enc), k) if k else None
+        counts = found.counts if kept is None else kept.counts
+        # The only place where the host waits: what follows has a length that it must know.
+        n_most, n_found = torch.stack([found.counts.max().long(), counts.sum(dtype=torch.int64)]).tolist()
         if n_most <= capacity:
             break
         capacity = min(d_sae, triton.next_power_of_2(n_most))  # many ties: once more, with room for all
-    latents, values, counts = (
-        torch.cat(tensors) if len(parts) > 1 else tensors[0] for tensors in zip(*parts, strict=True)
-    )
-    keep = torch.arange(latents.shape[1], device=x.device) < counts.unsqueeze(1)
-    if bound > 0 or not k:
-        keep &= values > bound
-    index = keep.view(-1).nonzero().squeeze(1)
-    return index // latents.shape[1], latents.view(-1)[index].long(), values.view(-1)[index]
+    row, latent, value = _flattened(found if kept is None else kept, n_found)
+    if kept is None:
+        value = pair_dots(row, latent, x, by_latent, b_enc)
+    if kept is None or bound > 0:
+        index = (value > bound).nonzero().squeeze(1)
+        row, latent, value = row[index], latent[index], value[index]
+    return row, latent, value
+
+
+def _all_candidates(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, lowest: int, capacity: int, bf16: bool) -> _Table:
+    """`_find` on the encoder's product, over blocks of tokens."""
+    n_tokens, d_sae = len(x), len(b_enc)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    low_x, low_W_enc, low_b_enc = (tensor.to(dtype) for tensor in (x, W_enc, b_enc))
+    n_rows = min(n_tokens, max(1, BLOCK_ELEMENTS // d_sae))
+    buffer = torch.empty(n_rows, d_sae, dtype=dtype, device=x.device)
+    latents = torch.empty(n_tokens, capacity, dtype=torch.int32, device=x.device)
+    counts = torch.empty(n_tokens, dtype=torch.int32, device=x.device)
+    for start in range(0, n_tokens, n_rows):
+        rows = slice(start, min(start + n_rows, n_tokens))
+        block = torch.addmm(low_b_enc, low_x[rows], low_W_enc, out=buffer[: rows.stop - start])
+        _find(block, k, lowest, _BF16_SLACK if bf16 else 0, _Table(latents[rows], counts[rows]))
+    return _Table(latents, counts)
 
 
 def _values(found: _Table, x: Tensor, by_latent: Tensor, b_enc: Tensor) -> Tensor:
     """The float32 pre-activations of the candidates, (rows, capacity); what stands behind the counts is undefined."""
     values = torch.empty(found.latents.shape, dtype=torch.float32, device=x.device)
     capacity, width = values.shape[1], x.shape[1]
-    arrays = (found.counts, found.counts, found.latents, x, by_latent, b_enc, values)
-    _dots[(len(x),)](*arrays, width, capacity, TABLE=True, ENTRIES=8, BLOCK=_columns(width))
+    arrays = (found.counts, found.latents, x, by_latent, b_enc, values)
+    tile = _tile(width, DOTS)
+    _table_dots[(len(x),)](*arrays, width, capacity, ENTRIES=tile.entries, BLOCK=tile.columns,
+                           num_warps=tile.warps)  # fmt: skip
     return values
 
 
-def _columns(width: int) -> int:
-    """Columns that a program handles at a time."""
-    return int(min(256, triton.next_power_of_2(width)))
+def _flattened(found: _Table, n_found: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Row, latent and value of each entry of a table; the value is undefined if the table has none."""
+    n_rows, capacity = found.latents.shape
+    device = found.latents.device
+    row, latent = (torch.empty(n_found, dtype=torch.int64, device=device) for _ in range(2))
+    value = torch.empty(n_found, dtype=torch.float32, device=device)
+    ends = found.counts.cumsum(0)
+    values = value if found.values is None else found.values
+    arrays = (found.latents, values, found.counts, ends, row, latent, value)
+    _flatten[(n_rows,)](*arrays, capacity, HAS_VALUES=found.values is not None, BLOCK=64, num_warps=1)
+    return row, latent, value
+
+
+def _tile(width: int, shape: _Tile) -> _Tile:
+    """A tile no wider than a row needs."""
+    return shape._replace(columns=int(min(shape.columns, triton.next_power_of_2(width))))
 
 
 def weighted_sums(
@@ -319,31 +403,48 @@ def weighted_sums(
     """
     n_bins, width = len(starts) - 1, table.shape[1]
     out = torch.empty(n_bins, width, dtype=table.dtype, device=table.device)
-    block = _columns(width)
+    tile = _tile(width, SUMS)
     arrays = (starts, members, weights.contiguous(), table.contiguous())
-    _weighted_sums[(n_bins, triton.cdiv(width, block))](
+    _weighted_sums[(n_bins, triton.cdiv(width, tile.columns))](
         *arrays, table if base is None else base, out, out if sums is None else sums, width,
-        HAS_BASE=base is not None, HAS_SUMS=sums is not None, ENTRIES=8, BLOCK=block,
+        HAS_BASE=base is not None, HAS_SUMS=sums is not None, ENTRIES=tile.entries, BLOCK=tile.columns,
+        num_warps=tile.warps,
     )  # fmt: skip
     return out
 
 
-def dots(starts: Tensor, members: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """left[row] · right[members[e]] for the entries of each row."""
+def pair_dots(row: Tensor, members: Tensor, left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+    """left[row[e]] · right[members[e]] for every entry e, plus bias[members[e]]."""
     found = torch.empty(len(members), dtype=left.dtype, device=left.device)
+    if len(members) == 0:
+        return found
     width = left.shape[1]
-    arrays = (starts, starts, members, left.contiguous(), right.contiguous(), left, found)
-    _dots[(len(left),)](*arrays, width, 0, TABLE=False, ENTRIES=8, BLOCK=_columns(width))
+    tile = _tile(width, PAIR_DOTS)
+    arrays = (row, members, left.contiguous(), right.contiguous(), left if bias is None else bias, found)
+    _pair_dots[(triton.cdiv(len(members), tile.entries),)](
+        *arrays, width, len(members), HAS_BIAS=bias is not None, ENTRIES=tile.entries, BLOCK=tile.columns,
+        num_warps=tile.warps,
+    )  # fmt: skip
     return found
+
+
+def squared_distances(x: Tensor, y: Tensor) -> Tensor:
+    """‖x_b − y_b‖² of each row; y has as many rows as x, or one."""
+    squares = torch.empty(len(x), dtype=x.dtype, device=x.device)
+    width = x.shape[1]
+    block = triton.next_power_of_2(width)
+    _squared_distances[(len(x),)](x.contiguous(), y.contiguous(), squares, width, Y_ROWS=len(y) == len(x), BLOCK=block,
+                                  num_warps=_warps(block))  # fmt: skip
+    return squares
 
 
 def sort_by_latent(row: Tensor, latent: Tensor, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:
     """Where each latent's entries start once sorted by latent, the entries in that order, and their rows."""
     # A radix sort costs as many passes as the keys have bytes.
-    keys = (latent - 2**15).to(torch.int16) if d_sae <= 2**16 else latent.to(torch.int32)
-    ordered, order = keys.sort(stable=True)
-    edges = torch.arange(d_sae + 1, device=latent.device) - (2**15 if d_sae <= 2**16 else 0)
-    starts = torch.searchsorted(ordered.to(torch.int32), edges.to(torch.int32))
+    offset, dtype = (2**15, torch.int16) if d_sae <= 2**16 else (0, torch.int32)
+    ordered, order = (latent - offset).to(dtype).sort(stable=True)
+    edges = torch.arange(-offset, d_sae + 1 - offset, dtype=torch.int32, device=latent.device)
+    starts = torch.searchsorted(ordered.to(torch.int32), edges)
     return starts, order, row[order]
 
 

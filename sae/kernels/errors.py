@@ -6,12 +6,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.kernels.loops import share_evenly, usable
+from sae.kernels.loops import share_evenly, triton_kernels, usable
 
 
 def squared_distance(x: Float[Tensor, "batch width"], y: Float[Tensor, "rows width"]) -> Float[Tensor, ""]:
     """Σ ‖x_b − y_b‖² without the array of differences; y has as many rows as x, or one. Carries no gradient."""
     x, y = x.detach(), y.detach()
+    on_gpu = triton_kernels(x, y)
+    if on_gpu is not None:
+        distances: Tensor = on_gpu.squared_distances(x, y)
+        return distances.sum()
     loops = usable(x, y)
     if loops is None:
         return (x - y).square().sum()

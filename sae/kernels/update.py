@@ -63,13 +63,15 @@ def fused_update(sae: SAE, adam: torch.optim.Adam, grad_clip: float | None) -> b
 def _update_on_gpu(
     kernels: ModuleType, sae: SAE, adam: torch.optim.Adam, grad_clip: float | None, jobs: list[Job]
 ) -> None:
-    squares = [
-        kernels.project(weight, grad, along_rows=parameter is sae.W_dec and sae.unit_norm_decoder)
-        for parameter, _, (weight, grad, _, _) in jobs
-    ]
-    norm = torch.cat(squares).sum(dtype=torch.float64).sqrt()
+    norms = []
+    if sae.unit_norm_decoder:
+        (decoder,) = (matrices for parameter, _, matrices in jobs if parameter is sae.W_dec)
+        norms = [kernels.project(decoder[0], decoder[1], along_rows=True).sum().sqrt()]
+    others = [grad for parameter, _, (_, grad, _, _) in jobs if parameter is not sae.W_dec or not sae.unit_norm_decoder]
+    norms += torch._foreach_norm(others)
+    norm = torch.stack(norms).norm()
+    # On the device: the host does not wait for the gradients.
     scale = torch.ones_like(norm) if grad_clip is None else (grad_clip / (norm + 1e-6)).clamp(max=1)
-    scale = scale.to(torch.float32)  # stays on the device: the host does not wait for the gradients
     group = adam.param_groups[0]
     (beta1, beta2), lr, eps = group["betas"], float(group["lr"]), float(group["eps"])
     for parameter, state, (weight, grad, mean, square) in jobs:

@@ -8,7 +8,7 @@ import torch
 
 from sae import BatchTopKConfig, TopKConfig, Trainer, TrainerConfig, build
 from sae.base import SparseLatents
-from sae.kernels import cpu, reference, select, update
+from sae.kernels import cpu, errors, reference, select, update
 from sae.optim import Optimizer
 from sae.parallel import Group
 
@@ -61,17 +61,22 @@ def test_weighted_sums_equal_the_plain_formula(cuda: ModuleType, with_base: bool
 
 
 def test_dots_equal_the_plain_formula(cuda: ModuleType) -> None:
-    starts = torch.tensor([0, 2, 2, 5], device=DEVICE)
     members = torch.tensor([1, 4, 0, 2, 4], device=DEVICE)
     left, right = tensor(3, 37), tensor(5, 37, seed=1)
     rows = torch.tensor([0, 0, 2, 2, 2], device=DEVICE)
-    torch.testing.assert_close(cuda.dots(starts, members, left, right), (left[rows] * right[members]).sum(1))
+    torch.testing.assert_close(cuda.pair_dots(rows, members, left, right), (left[rows] * right[members]).sum(1))
+
+
+@pytest.mark.parametrize("n_rows", [1, 6])
+def test_squared_distances_equal_the_plain_formula(cuda: ModuleType, n_rows: int) -> None:
+    x, y = tensor(6, 37), tensor(n_rows, 37, seed=1)
+    torch.testing.assert_close(cuda.squared_distances(x, y), (x - y).square().sum(1))
 
 
 @pytest.fixture
 def everywhere(cuda: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """These kernels in all places that may use them; interpreted, on tensors of the CPU."""
-    for module in (cpu, select, update):
+    for module in (cpu, select, update, errors):
         monkeypatch.setattr(module, "triton_kernels", lambda *_: cuda)
         monkeypatch.setattr(module, "usable", lambda *_: None)
     return cuda
