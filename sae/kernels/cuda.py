@@ -5,6 +5,9 @@
     pair_dots       the gradient of the latents
     project, adam   projection, clipping, Adam and the unit norm
 
+Used on every CUDA device where Triton is installed; SAE_TRITON=0 turns it off. Tested and measured on one NVIDIA H200,
+driver 580.159.04, torch 2.11.0+cu130, Triton 3.6.0 (docs/benchmarks/2026-11-26-train-gpu.md); on no other chip.
+
 A program handles one row (a token, a latent) or a stretch of its columns, several entries at a time. There are no
 atomics and every sum has a fixed order, so that results repeat bit for bit. Nothing here waits for the device but the
 end of `search`, whose result has a length that the host must know.
