@@ -31,7 +31,7 @@ SETTINGS = {
     ),
     "unknown architecture": (
         "saes.main.architecture=relu",
-        r"`saes\.main\.architecture`: Input should be 'batchtopk' or 'topk' \(got 'relu'\)",
+        r"`saes\.main\.architecture`: Input should be 'standard', .* or 'crosscoder' \(got 'relu'\)",
     ),
     "missing model": (
         "model.source=/nowhere/llama",
