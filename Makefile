@@ -17,7 +17,7 @@ demo: $(READY)
 	$(BIN)/sae run $(CONFIG)
 
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -137,6 +137,7 @@ class Harvester:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
         return {
             "device": f"{device.type} {name}",
+            "forward_dtype": str(self._lm.model.dtype).removeprefix("torch."),
             "machine": machine(),
             "threads": self._n_threads,
             "versions": versions(),

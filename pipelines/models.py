@@ -230,6 +230,19 @@ def pick_device(device: str) -> torch.device:
         raise UsageError(f"model.device {device!r} cannot be used here ({reason}): use auto, cpu or cuda") from error
 
 
+def forward_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """The arithmetic of a forward pass: `wanted`, or float32 on a CPU without instructions for it.
+
+    Such a CPU emulates bfloat16 and float16, sixty times slower than it computes in float32. Weights are exact in
+    float32, captured activations are rounded to `wanted`, and each commit says which arithmetic it was.
+    """
+    if device.type != "cpu" or wanted == "float32":
+        return getattr(torch, wanted)  # type: ignore[no-any-return]
+    probe = {"bfloat16": "_is_mkldnn_bf16_supported", "float16": "_is_mkldnn_fp16_supported"}[wanted]
+    native = hasattr(torch.ops.mkldnn, probe) and bool(getattr(torch.ops.mkldnn, probe)())
+    return getattr(torch, wanted) if native else torch.float32
+
+
 def unusable(resolved: ResolvedModel, error: Exception) -> UsageError:
     """What to tell the user when transformers refuses a model folder."""
     if "trust_remote_code" in str(error):
@@ -252,11 +265,12 @@ class LanguageModel:
 
         self.resolved = resolved
         self.device = pick_device(config.device)
+        self._dtype: torch.dtype = getattr(torch, config.dtype)
         with _quiet_transformers():
             try:
                 model = AutoModelForCausalLM.from_pretrained(
                     resolved.folder,
-                    dtype=getattr(torch, config.dtype),
+                    dtype=forward_dtype(config.dtype, self.device),
                     attn_implementation="sdpa",
                     trust_remote_code=config.trust_remote_code,
                     use_safetensors=True,
@@ -276,11 +290,11 @@ class LanguageModel:
     def capture(
         self, tokens: Int[Tensor, "batch seq"], position: Int[Tensor, "batch seq"], hook_names: Sequence[str]
     ) -> dict[str, Float[Tensor, "batch seq d_in"]]:
-        """Activations at the hooks; layers after the last hook and the output head are not run."""
+        """Activations at the hooks, in the config's dtype; layers after the last hook and the output head are not run."""
         captured: dict[str, Tensor] = {}
 
         def keep(name: str, x: Tensor) -> None:
-            captured[name] = x
+            captured[name] = x.to(self._dtype)
             if len(captured) == len(hook_names):
                 raise _AllCaptured
 

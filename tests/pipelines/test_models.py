@@ -393,3 +393,13 @@ def test_input_of_a_module_that_is_called_by_keyword_is_its_hidden_states(lm):
     tokens, position = torch.arange(5)[None], torch.arange(5)[None]
     captured = lm.capture(tokens, position, ["model.layers.1.self_attn:input", "model.layers.1.input_layernorm"])
     torch.testing.assert_close(*captured.values(), rtol=0, atol=0)
+
+
+def test_forward_dtype_is_the_wanted_one_unless_the_cpu_would_emulate_it(monkeypatch):
+    from pipelines.models import forward_dtype
+
+    for native, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda native=native: native)
+        assert forward_dtype("bfloat16", torch.device("cpu")) == expected
+        assert forward_dtype("bfloat16", torch.device("cuda")) == torch.bfloat16
+        assert forward_dtype("float32", torch.device("cpu")) == torch.float32

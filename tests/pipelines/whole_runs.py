@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import yaml
 from command_line import FinishedRun, must, sae
+from filelock import FileLock
 
 from tests.tiny import COMMON, TOPICS, tiny_config
 
@@ -51,9 +52,19 @@ def whole_config(
 
 
 @pytest.fixture(scope="session")
-def finished(whole_config: Path, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
-    """`sae run` from beginning to end, undisturbed."""
-    out = tmp_path_factory.mktemp("finished") / "run"
-    run = FinishedRun(whole_config, out, must(sae("run", whole_config, "--out", out)))
-    assert json.loads((out / ".stages/audit.json").read_text())["results"]
+def finished(
+    whole_config: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> FinishedRun:
+    """`sae run` from beginning to end, undisturbed; made once, also where several processes share the tests."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if hasattr(request.config, "workerinput") else base
+    record = shared / "finished.json"
+    with FileLock(shared / "finished.lock"):
+        if not record.exists():
+            out = tmp_path_factory.mktemp("finished") / "run"
+            output = must(sae("run", whole_config, "--out", out))
+            record.write_text(json.dumps({"config": str(whole_config), "out": str(out), "output": output}))
+        made = json.loads(record.read_text())
+    run = FinishedRun(Path(made["config"]), Path(made["out"]), made["output"])
+    assert json.loads((run.out / ".stages/audit.json").read_text())["results"]
     return run

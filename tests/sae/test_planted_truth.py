@@ -2,9 +2,9 @@
 
 Three of G random unit vectors in 64 dimensions are active in each sample, with coefficients from U(0.5, 1.5); the SAE
 has 2 G latents and sees 2.05 million samples. Recall is the share of the vectors that a decoder row meets with a cosine
-above 0.9. The sparsity coefficients of gated and JumpReLU were chosen on seed 10 at G = 128; those of standard and of the
-L1 crosscoder on seed 0, so that of their three seeds only 1 and 2 are fresh. The floors below hold for the mean of seeds
-0, 1, 2; the first run of them (16 cores, 2026-11) gave, as the lowest of the three seeds at G = 128 and 256:
+above 0.9. The sparsity coefficients of gated and JumpReLU were chosen on seed 10 at G = 128; those of standard and of
+the L1 crosscoder on seed 0, so that of their three seeds only 1 and 2 are fresh. The floors below hold for the mean of
+seeds 0, 1, 2; the first run of them (16 cores, 2026-11) gave, as the lowest of the three seeds at G = 128 and 256:
 
     topk, batchtopk, transcoders, crosscoders, jumprelu (both penalties)     1.00   1.00
     matryoshka_batchtopk                                                     0.95   0.93
