@@ -290,7 +290,7 @@ class LanguageModel:
     def capture(
         self, tokens: Int[Tensor, "batch seq"], position: Int[Tensor, "batch seq"], hook_names: Sequence[str]
     ) -> dict[str, Float[Tensor, "batch seq d_in"]]:
-        """Activations at the hooks, in the config's dtype; layers after the last hook and the output head are not run."""
+        """Activations at the hooks in the config's dtype; layers after the last hook and the head are not run."""
         captured: dict[str, Tensor] = {}
 
         def keep(name: str, x: Tensor) -> None:
