@@ -9,6 +9,7 @@ Reference: Bussmann, Leask, Nanda 2024, arXiv:2412.06410, section 3. Differs: th
 mean over batches of the smallest kept activation; `calibrate_threshold` solves for mean L0 = k instead.
 """
 
+from abc import abstractmethod
 from collections.abc import Iterable
 
 import torch
@@ -37,9 +38,9 @@ class ThresholdSAE(SAE):
         return "threshold" in self._buffers
 
     @property
+    @abstractmethod
     def target_l0(self) -> int:
         """Mean number of latents a token that the threshold is calibrated to."""
-        raise NotImplementedError
 
     def _add_threshold(self) -> None:
         self.register_buffer("threshold", torch.zeros((), dtype=torch.float32))

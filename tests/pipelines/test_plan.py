@@ -132,4 +132,6 @@ def test_sizes_for_people():
 
 def test_room_left_is_not_an_error(tiny_model, tiny_texts, tmp_path):
     config = RunConfig.model_validate(tiny_config(tiny_model, tiny_texts))
-    require_room(plan.make_plan(config, RunDir(tmp_path), calibrate=False))
+    made = plan.make_plan(config, RunDir(tmp_path), calibrate=False)
+    assert made.shortage is None
+    require_room(made)
