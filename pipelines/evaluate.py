@@ -19,6 +19,7 @@ from pipelines.config import EvaluateConfig, RunConfig
 from pipelines.dictionaries import load_trained, stored_input, stored_target
 from pipelines.errors import RunError
 from pipelines.models import LanguageModel, resolve_model
+from pipelines.prefix import Prefix
 from pipelines.progress import Bar, Reporter
 from pipelines.rundir import RunDir
 from pipelines.selection import Selection, kept, selected
@@ -113,6 +114,10 @@ def _n_spliced(store: ActivationStore, config: EvaluateConfig) -> int:
     return min(stop - start, max(1, config.n_ce_tokens // store.spec.context_length))
 
 
+ROWS_AT_ONCE = 64
+"""Predictions whose log-probabilities over the whole vocabulary are computed together."""
+
+
 @dataclass
 class _Sums:
     """Cross-entropy, and KL divergence from the clean model, summed over predictions, in nats."""
@@ -121,13 +126,21 @@ class _Sums:
     kl: float = 0.0
     n: int = 0
 
-    def add(self, log_q: Tensor, log_p: Tensor, target: Tensor, counted: Tensor) -> None:
-        """Add the counted predictions of the model `log_q`, with the clean model's `log_p` beside it."""
-        self.ce -= float(log_q.gather(-1, target[..., None])[..., 0][counted].double().sum())
-        if log_q is not log_p:
-            kl = torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
-            self.kl += float(kl[counted].double().sum())
-        self.n += int(counted.sum())
+    def add(self, logits: Tensor, clean: Tensor, target: Tensor, counted: Tensor) -> None:
+        """Add the counted predictions of a model, with the clean model's logits beside them.
+
+        A few rows at a time: the log-probabilities of a whole batch would be the largest tensors of the stage.
+        """
+        rows = counted.flatten().nonzero()[:, 0]
+        logits_of, clean_of, targets = logits.flatten(0, 1), clean.flatten(0, 1), target.flatten()
+        for some in torch.split(rows, ROWS_AT_ONCE):
+            log_q = logits_of[some].float().log_softmax(-1)
+            self.ce -= float(log_q.gather(-1, targets[some][:, None]).double().sum())
+            if logits is not clean:
+                log_p = clean_of[some].float().log_softmax(-1)
+                kl = torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
+                self.kl += float(kl.double().sum())
+        self.n += len(rows)
 
 
 @torch.inference_mode()
@@ -157,6 +170,7 @@ def evaluate_splice(
     n_contexts = _n_spliced(store, config)
     isolate = bool(store.spec.provenance["packing"]["isolate_documents"])
     sums: dict[str, _Sums] = defaultdict(_Sums)
+    prefix = Prefix(lm.model, {*dictionary.input_hooks, *dictionary.output_hooks})
     for low in range(start, start + n_contexts, config.batch_contexts):
         high = min(low + config.batch_contexts, start + n_contexts)
         contexts = store.contexts(low, high)
@@ -167,19 +181,30 @@ def evaluate_splice(
         chosen = torch.from_numpy(selected(store, low, high, selection)).to(lm.device)
         target, counted_all = tokens[:, 1:], (spans[:, 1:] > 0) & chosen[:, :-1]
         counted = counted_all & ~sinks[:, :-1]
-        clean = _log_probabilities(lm, tokens, position, dictionary, "keep", sinks)
+
+        def logits(kind: str, spared: Tensor, inputs: tuple[Tensor, Tensor] = (tokens, position)) -> Tensor:
+            return _logits(lm, *inputs, dictionary, kind, spared)
+
+        with prefix.record():
+            clean = logits("keep", sinks)
+        if low == start and len(prefix):
+            with prefix.replay():
+                again = logits("keep", sinks)
+            if not torch.equal(again, clean):
+                prefix = Prefix(lm.model, ())  # this model's layers hand on more than the residual stream
         sums["clean"].add(clean, clean, target, counted)
         sums["clean_all"].add(clean, clean, target, counted_all)
         for kind in ("splice", "zero"):
             for suffix, spared, counts in (("", sinks, counted), ("_all", torch.zeros_like(sinks), counted_all)):
-                log_q = _log_probabilities(lm, tokens, position, dictionary, kind, spared)
-                sums[kind + suffix].add(log_q, clean, target, counts)
-                del log_q
+                with prefix.replay():
+                    changed = logits(kind, spared)
+                sums[kind + suffix].add(changed, clean, target, counts)
+                del changed
         bar.advance(tokens.numel())
     return _scores(sums, n_contexts * store.spec.context_length)
 
 
-def _log_probabilities(
+def _logits(
     lm: LanguageModel,
     tokens: Int[Tensor, "batch seq"],
     position: Int[Tensor, "batch seq"],
@@ -187,7 +212,7 @@ def _log_probabilities(
     kind: str,
     spared: Bool[Tensor, "batch seq"],
 ) -> Float[Tensor, "batch seq_minus_1 vocab"]:
-    """Next-token log-probabilities with the output hook's activations kept, spliced or zeroed, but for spared tokens.
+    """Logits of the next tokens with the output hook's activations kept, spliced or zeroed, but for spared tokens.
 
     A transcoder's output replaces its target; what it reads from the same forward pass comes before.
     """
@@ -210,7 +235,7 @@ def _log_probabilities(
         replace_activations(lm.model, written, replace),
     ):
         logits: Tensor = lm.model(input_ids=tokens, position_ids=position, use_cache=False).logits
-    return logits[:, :-1].float().log_softmax(-1)
+    return logits[:, :-1]
 
 
 def _scores(sums: dict[str, _Sums], n_tokens: int) -> dict[str, Any]:
