@@ -18,13 +18,16 @@ from sae.config import (
 )
 from sae.crosscoder import Crosscoder
 from sae.dictionary import Dictionary
+from sae.edits import Add, Clamp, Edit, Exclude, Mean, Patch, Scale, Zero
 from sae.gated import GatedSAE
-from sae.hooks import Edit, Tap, attach, find_module, replace_activations
+from sae.hooks import replace_activations
 from sae.jumprelu import JumpReLUSAE
 from sae.matryoshka_batchtopk import MatryoshkaBatchTopKSAE
 from sae.metrics import FVU, L0, ActivationFrequency
+from sae.naming import find_hook, from_transformer_lens, to_transformer_lens
 from sae.normalise import Normaliser, fit_normaliser
 from sae.standard import StandardSAE
+from sae.tapping import Tap, attach
 from sae.topk import TopKSAE
 from sae.trainer import StepMetrics, StopTraining, Trainer, TrainerConfig
 from sae.transcoder import Transcoder
@@ -34,21 +37,27 @@ __all__ = [
     "L0",
     "SAE",
     "ActivationFrequency",
+    "Add",
     "BatchTopKConfig",
     "BatchTopKSAE",
+    "Clamp",
     "Crosscoder",
     "CrosscoderConfig",
     "Dictionary",
     "Edit",
+    "Exclude",
     "GatedConfig",
     "GatedSAE",
     "JumpReLUConfig",
     "JumpReLUSAE",
     "MatryoshkaBatchTopKConfig",
     "MatryoshkaBatchTopKSAE",
+    "Mean",
     "Normaliser",
+    "Patch",
     "SAEConfig",
     "SAEOutput",
+    "Scale",
     "SparseLatents",
     "StandardConfig",
     "StandardSAE",
@@ -61,13 +70,16 @@ __all__ = [
     "TrainerConfig",
     "Transcoder",
     "TranscoderConfig",
+    "Zero",
     "attach",
     "build",
     "config_from_dict",
-    "find_module",
+    "find_hook",
     "fit_normaliser",
+    "from_transformer_lens",
     "latest_checkpoint",
     "load_checkpoint",
     "replace_activations",
     "save_checkpoint",
+    "to_transformer_lens",
 ]

@@ -21,13 +21,14 @@ import torch
 from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from sae.base import SAE, SparseLatents
 from sae.config import SAEConfig, config_from_dict
 from sae.crosscoder import Crosscoder
-from sae.hooks import Edit, Passthrough, Tap, attach
+from sae.edits import Edit, Exclude, Excluded
 from sae.interop.saelens import from_saelens, to_saelens
+from sae.tapping import Tap, attach
 from sae.transcoder import Transcoder
 
 SCHEMA_VERSION = 1
@@ -144,24 +145,49 @@ class Dictionary:
         self.sae.to(device=device, dtype=dtype)
         return self
 
+    @property
+    def sinks(self) -> Exclude:
+        """The tokens that training left out, for `attach(exclude=…)`: first positions and outliers by norm.
+
+        The limit is the recorded multiple of the recorded median norm; first positions alone where they are not known.
+        """
+        multiple, median = self.provenance.get("sink_multiple"), self.provenance.get("median_norm")
+        return Exclude(max_norm=None if multiple is None or median is None else float(multiple) * float(median))
+
     def attach(
         self,
-        model: nn.Module,
+        model: Any,
         *,
         splice: bool = False,
         error: Literal["drop", "keep"] = "drop",
         edits: Sequence[Edit] = (),
-        passthrough: Passthrough = None,
+        exclude: Excluded = None,
+        grad: bool = False,
         hook_name: str | None = None,
     ) -> AbstractContextManager[Tap]:
-        """Read, splice or edit at this dictionary's hook while a `with` block lasts; see `sae.hooks.attach`."""
-        name = hook_name or self.required_hook_name
-        if len(self.hook_names) > 1 and (splice or edits or len(self.input_hooks) > 1):
+        """Read, splice or edit at this dictionary's hook while a `with` block lasts; see `sae.attach`.
+
+        A transcoder reads at its first hook and replaces what its second gives; a crosscoder can only be read.
+
+        Args:
+            hook_name: attach here instead; an SAE of one hook only.
+        """
+        if hook_name is not None and len(self.hook_names) > 1:
             raise ValueError(
-                f"`attach` works at one hook, but this {self.config.architecture} has {', '.join(self.hook_names)}. "
-                "Read a transcoder's latents without `splice` and `edits`, or call `sae` yourself."
+                f"`hook_name` moves an SAE of one hook, but this {self.config.architecture} has "
+                f"{', '.join(self.hook_names)}. Leave it out."
             )
-        return attach(model, self.sae, name, splice=splice, error=error, edits=edits, passthrough=passthrough)
+        return attach(
+            model,
+            self.sae,
+            hook_name or (self.required_hook_name if len(self.input_hooks) < 2 else self.input_hooks),
+            splice=splice,
+            error=error,
+            edits=edits,
+            exclude=exclude,
+            grad=grad,
+            output_hook=self.output_hooks[0] if isinstance(self.sae, Transcoder) and self.output_hooks else None,
+        )
 
     # ---- folders --------------------------------------------------------------------------------------------------
 
