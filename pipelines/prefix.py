@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sae.hooks import find_module, split_hook_name
+from sae.naming import find_hook
 
 
 class Prefix:
@@ -25,8 +25,6 @@ class Prefix:
 
     def __init__(self, model: nn.Module, hook_names: Collection[str]) -> None:
         """Raises: ValueError for a hook that the model does not have."""
-        for name in hook_names:
-            find_module(model, name)
         self._layers = min((_before(model, name) for name in hook_names), key=len, default=[])
         self._output: Any = None
 
@@ -81,7 +79,7 @@ def _pass_on(as_tuple: bool) -> Callable[..., Any]:
 
 def _before(model: nn.Module, hook_name: str) -> list[nn.Module]:
     """The layers that are finished when the hook is reached, in order."""
-    path, side = split_hook_name(hook_name)
+    path, side, _ = find_hook(model, hook_name)
     parts = path.split(".")
     for depth, part in enumerate(parts):
         parent = model.get_submodule(".".join(parts[:depth]))
