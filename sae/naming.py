@@ -110,22 +110,6 @@ FAMILIES: Mapping[str, Family] = {
         },
         ("hook_embed",),
     ),
-    # TransformerLens 3 wraps the Hugging Face model; the older names are attributes there, and these the modules.
-    "transformer_bridge": Family(
-        ("blocks",),
-        ("hook_in", "hook_out"),
-        (),
-        {
-            "hook_resid_pre": "hook_in",
-            "hook_resid_mid": "ln2.hook_in",
-            "hook_resid_post": "hook_out",
-            "hook_attn_out": "attn.hook_out",
-            "hook_mlp_out": "mlp.hook_out",
-            "attn.hook_z": "attn.o.hook_in",
-            "mlp.hook_post": "mlp.out.hook_in",
-        },
-        ("embed.hook_out",),
-    ),
     # Any other stack of layers: what goes in and what comes out is the residual stream.
     "other": Family((*_CAUSAL, "transformer.h", "gpt_neox.layers", "model.decoder.layers"), (), (), _STREAM, ()),
 }
@@ -249,9 +233,19 @@ def torch_module(model: Any) -> nn.Module:
     )
 
 
+def _modules(root: nn.Module) -> dict[str, nn.Module]:
+    """All modules by path, and by the further names that TransformerLens has for its hook points.
+
+    A TransformerLens bridge keeps the wrapped layers under private paths; `hook_dict` has the public ones.
+    """
+    named: dict[str, nn.Module] = dict(root.named_modules())
+    points = getattr(root, "hook_dict", None)
+    return named | dict(points) if isinstance(points, Mapping) else named
+
+
 def family_of(model: Any) -> str | None:
     """The family whose modules `model` has; None if none fits."""
-    modules = {name for name, _ in torch_module(model).named_modules()}
+    modules = _modules(torch_module(model))
     for key, entry in FAMILIES.items():
         for container in entry.containers:
             first = f"{container}.0"
@@ -266,13 +260,13 @@ def find_hook(model: Any, hook_name: str) -> Hook:
 
     Args:
         model: a module, or an nnsight model.
-        hook_name: a path as in `model.named_modules()`, optionally followed by ":output" (the default) or ":input"; or
-            the name of the same place in another family of models.
+        hook_name: a path as in `model.named_modules()`, or in `model.hook_dict` of TransformerLens, optionally followed by
+            ":output" (the default) or ":input"; or the name of the same place in another family of models.
     Raises: ValueError naming the nearest module paths if there is no such module.
     """
     root = torch_module(model)
     path, side = split_hook_name(hook_name)
-    modules: dict[str, nn.Module] = dict(root.named_modules())
+    modules = _modules(root)
     if path in modules and path:
         return Hook(path, side, modules[path])
     family = family_of(root)
