@@ -30,7 +30,8 @@ class Family:
     absent: tuple[str, ...]
     """Modules that a layer of this family does not have."""
     layer: Mapping[str, str]
-    """From TransformerLens' name inside a block to the hook name inside a layer; "" is the layer's output."""
+    """From TransformerLens' name inside a block to the hook name inside a layer; "" is the layer's output, and a bar
+    stands before another name that some versions have instead."""
     embed: tuple[str, ...]
     """Where the token embeddings come out."""
 
@@ -50,6 +51,7 @@ FAMILIES: Mapping[str, Family] = {
             "hook_attn_out": "self_attn",
             "hook_mlp_out": "mlp",
             "attn.hook_z": "self_attn.o_proj:input",
+            "mlp.hook_in": "mlp:input",
             "mlp.hook_post": "mlp.down_proj:input",
         },
         ("model.embed_tokens", "embed_tokens", "model.language_model.embed_tokens"),
@@ -65,6 +67,7 @@ FAMILIES: Mapping[str, Family] = {
             "hook_attn_out": "post_attention_layernorm",
             "hook_mlp_out": "post_feedforward_layernorm",
             "attn.hook_z": "self_attn.o_proj:input",
+            "mlp.hook_in": "mlp:input",
             "mlp.hook_post": "mlp.down_proj:input",
         },
         (),
@@ -79,6 +82,7 @@ FAMILIES: Mapping[str, Family] = {
             "hook_attn_out": "attn",
             "hook_mlp_out": "mlp",
             "attn.hook_z": "attn.c_proj:input",
+            "mlp.hook_in": "mlp:input",
             "mlp.hook_post": "mlp.c_proj:input",
         },
         ("transformer.wte", "wte"),
@@ -93,6 +97,7 @@ FAMILIES: Mapping[str, Family] = {
             "hook_attn_out": "attention",
             "hook_mlp_out": "mlp",
             "attn.hook_z": "attention.dense:input",
+            "mlp.hook_in": "mlp:input",
             "mlp.hook_post": "mlp.dense_4h_to_h:input",
         },
         ("gpt_neox.embed_in", "embed_in"),
@@ -107,7 +112,8 @@ FAMILIES: Mapping[str, Family] = {
                 *("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out"),
                 *("attn.hook_z", "mlp.hook_post"),
             )
-        },
+        }
+        | {"mlp.hook_in": "mlp.hook_in|mlp:input"},  # HookedTransformer has no hook point there
         ("hook_embed",),
     ),
     # Any other stack of layers: what goes in and what comes out is the residual stream.
@@ -165,7 +171,7 @@ def place_of(hook_name: str, family: str | None = None) -> Place | None:
                 continue
             within = found[2] or found[3] or ""
             for place, path in entry.layer.items():
-                if path == within:
+                if within in path.split("|"):
                     return Place(place, int(found[1]))
     return None
 
@@ -176,9 +182,9 @@ def hook_names_of(place: Place, family: str) -> Iterator[str]:
     if place.layer is None:
         yield from entry.embed
     elif place.name in entry.layer:
-        within = entry.layer[place.name]
-        for container in entry.containers:
-            yield f"{container}.{place.layer}{'' if within.startswith(':') or not within else '.'}{within}"
+        for within in entry.layer[place.name].split("|"):
+            for container in entry.containers:
+                yield f"{container}.{place.layer}{'' if within.startswith(':') or not within else '.'}{within}"
 
 
 def to_transformer_lens(hook_name: str, family: str | None = None) -> str:
@@ -260,7 +266,7 @@ def find_hook(model: Any, hook_name: str) -> Hook:
 
     Args:
         model: a module, or an nnsight model.
-        hook_name: a path as in `model.named_modules()`, or in `model.hook_dict` of TransformerLens, optionally followed by
+        hook_name: a path as in `model.named_modules()` or TransformerLens' `model.hook_dict`, optionally followed by
             ":output" (the default) or ":input"; or the name of the same place in another family of models.
     Raises: ValueError naming the nearest module paths if there is no such module.
     """

@@ -15,7 +15,15 @@ import transformers
 from sae import Add, BatchTopKConfig, Dictionary, attach, build
 
 warnings.simplefilter("ignore")
-SITES = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out", "attn.hook_z")
+SITES = (
+    "hook_resid_pre",
+    "hook_resid_mid",
+    "hook_resid_post",
+    "hook_attn_out",
+    "hook_mlp_out",
+    "attn.hook_z",
+    "mlp.hook_in",
+)
 TOKENS = torch.randint(1, 60, (2, 7), generator=torch.Generator().manual_seed(0))
 D = 16
 

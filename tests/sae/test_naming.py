@@ -124,6 +124,8 @@ def test_the_residual_stream_adds_up_at_the_named_places(kind: str) -> None:
     if kind in ("llama", "gpt2"):
         output = model.model.layers[1].self_attn.o_proj if kind == "llama" else model.transformer.h[1].attn.c_proj
         torch.testing.assert_close(output(at["attn.hook_z"]), at["hook_attn_out"])
+        mlp = model.model.layers[1].mlp if kind == "llama" else model.transformer.h[1].mlp
+        torch.testing.assert_close(mlp(at["mlp.hook_in"]), at["hook_mlp_out"])
 
 
 def test_names_of_another_family_are_found_in_a_model_and_its_base() -> None:
