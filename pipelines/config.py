@@ -220,6 +220,8 @@ class SAESpec(Section):
     """jumprelu: what the penalty counts; l0 by default."""
     sparsity_coefficient: float | None = Field(None, ge=0)
     """jumprelu: weight of the penalty."""
+    seed: int | None = Field(None, ge=0)
+    """Seed of the initial weights; by default the run's, which also orders the data."""
 
     @model_validator(mode="before")
     @classmethod
@@ -279,7 +281,7 @@ class SelectConfig(Section):
 
 
 class TrainConfig(Section):
-    """Optimisation; one set for all SAEs of the run."""
+    """Optimisation; one set for all SAEs of the run, which are trained together on the same batches."""
 
     n_tokens: int = Field(gt=0)
     """Tokens that each SAE sees; more than the store holds means several epochs."""

@@ -20,6 +20,7 @@ from typing import Any
 
 from pipelines.cluster.harvesters import HarvesterPool
 from pipelines.cluster.local import start_ray
+from pipelines.cluster.training import run_ray
 from pipelines.collect import prepare_store, store_path
 from pipelines.config import CollectConfig, RunConfig, TrainConfig
 from pipelines.errors import RunError, UsageError
@@ -27,7 +28,7 @@ from pipelines.models import ResolvedModel, resolve_model
 from pipelines.progress import Reporter
 from pipelines.rundir import RunDir, write_text
 from pipelines.stores import StorePlace
-from pipelines.train import is_trained, make_job, run_ray
+from pipelines.train import make_job, scratch_path, untrained
 from storage import ActivationStore, ActivationWriter, Consumer, Ring
 from storage.ring import RingQueue
 
@@ -35,6 +36,8 @@ USABLE_SHARE = 0.95
 """Share of the training tokens that a stream is sure to give once: the rest may be sinks, or not fill a batch."""
 LEAST_USABLE = 0.8
 """Share of a context's tokens that are no sinks, at least, by which the capacity is reckoned."""
+CONSUMER = "train"
+"""Name of the training job in the ring."""
 FAILURE_FILE = "harvest-failed"
 POLL_S = 0.25
 
@@ -47,23 +50,24 @@ def stream(config: RunConfig, run: RunDir, ui: Reporter) -> dict[str, Any]:
     path = store_path(config, run)
     ring = Ring.open(path)
     ring.recover()
-    (name,) = config.saes
     _require_tokens(config.train, writer, path)
     n_harvesters, n_threads = share_cpus(config)
     start_ray(config.ray)
-    failure = run.checkpoints(name) / FAILURE_FILE
+    failure = run.path / "checkpoints" / FAILURE_FILE
     failure.unlink(missing_ok=True)
-    consumer = Consumer(ring, name, capacity=config.collect.capacity_shards)
+    consumer = Consumer(ring, CONSUMER, capacity=config.collect.capacity_shards)
     began = time.monotonic()
     harvest = _Harvest(config, run, path, ring, resolved, n_harvesters, failure)
     harvest.start()
     try:
-        if not is_trained(run, name):
+        if names := untrained(config, run):
             harvest.wait_for_retained()
-            job = make_job(config, run, name, ActivationStore.open(path, tail=True))
+            job = make_job(config, run, names, ActivationStore.open(path, tail=True))
             capacity = config.collect.capacity_shards
-            job = replace(job, n_threads=n_threads, consumer=name, capacity=capacity, failure=str(failure.resolve()))
-            run_ray(job, config, name, run, ui)
+            job = replace(
+                job, n_threads=n_threads, consumer=CONSUMER, capacity=capacity, failure=str(failure.resolve())
+            )
+            run_ray(job, config.ray, scratch_path(run), ui)
         consumer.finish()
         harvest.join()
     except BaseException:
@@ -190,8 +194,6 @@ def stream_problems(config: RunConfig) -> list[str]:
         return ["collect.mode: stream trains while it collects, and this run has no `train:`: use mode: store"]
     share_cpus(config)
     problems = []
-    if len(config.saes) != 1:
-        problems.append(f"collect.mode: stream trains one SAE, and `saes` has {len(config.saes)}: use mode: store")
     if isinstance(config.collect.store, str) and "://" in config.collect.store:
         problems.append("collect.mode: stream needs a local collect.store: a ring on an object store is not supported")
     most = int(config.collect.n_tokens * (1 - config.collect.heldout_fraction) * USABLE_SHARE)

@@ -1,20 +1,19 @@
 """train: activation store → trained dictionary, through Ray Train.
 
-The driver checks the settings, starts a `TorchTrainer` whose workers run `train_worker`, and follows the steps that
-rank 0 records. Resuming is ours, from checkpoints in the run directory: it works when driver and cluster are gone.
+The driver checks the settings, starts one `TorchTrainer` for all SAEs of the run, whose workers run `train_worker`, and
+follows the steps that rank 0 records. Resuming is ours, from checkpoints in the run directory: it works when driver and
+cluster are gone.
 """
 
 import math
 import os
-import shutil
-import threading
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipelines.architectures import n_latents, sae_config
-from pipelines.cluster.local import require_cpus, start_ray
+from pipelines.cluster.local import require_cpus
+from pipelines.cluster.training import run_ray
 from pipelines.collect import open_store, store_path
 from pipelines.config import CollectConfig, RayConfig, RunConfig, SAESpec, TrainConfig
 from pipelines.dictionaries import dictionary_files, dictionary_provenance, import_dictionary
@@ -23,7 +22,8 @@ from pipelines.progress import Reporter
 from pipelines.rundir import RunDir
 from pipelines.selection import Selection, selected
 from pipelines.stores import absolute
-from pipelines.train_worker import METRICS_FILE, TrainJob, last_line, train_worker
+from pipelines.training.job import MemberJob, TrainJob
+from pipelines.training.metrics import METRICS_FILE, last_line
 from storage import ActivationStore
 
 
@@ -34,35 +34,56 @@ def train(config: RunConfig, run: RunDir, ui: Reporter) -> dict[str, dict[str, A
         return {name: import_dictionary(config, run, name, store) for name in config.saes}
     check_settings(config, {hook.name: hook.d_in for hook in store.spec.hooks})
     _require_one_batch(config.train, store, config.selection("train"))
-    figures = {}
-    for name in config.saes:
-        if not is_trained(run, name):
-            if config.collect.mode == "stream":
-                raise RunError(
-                    f"there is no trained dictionary in {run.trained(name)}, and the activations that it was trained "
-                    "on were deleted as they streamed by: start over in another --out"
-                )
-            run_ray(make_job(config, run, name, store), config, name, run, ui)
-        figures[name] = last_line(run.checkpoints(name) / METRICS_FILE)
-        run.event("mixing", sae=name, expected_same_context=figures[name].get("expected_same_context"))
+    if todo := untrained(config, run):
+        if config.collect.mode == "stream":
+            raise RunError(
+                f"there is no trained dictionary in {run.trained(todo[0])}, and the activations that it was trained "
+                "on were deleted as they streamed by: start over in another --out"
+            )
+        run_ray(make_job(config, run, todo, store), config.ray, scratch_path(run), ui)
+    figures = {name: last_line(run.checkpoints(name) / METRICS_FILE) for name in config.saes}
+    for name, last in figures.items():
+        run.event("mixing", sae=name, expected_same_context=last.get("expected_same_context"))
     return figures
 
 
-def make_job(config: RunConfig, run: RunDir, name: str, store: ActivationStore) -> TrainJob:
-    """The job of one SAE."""
+def scratch_path(run: RunDir) -> Path:
+    """Where a training job keeps what is only needed while it runs."""
+    return run.path / "checkpoints" / ".ray"
+
+
+def untrained(config: RunConfig, run: RunDir) -> list[str]:
+    """SAEs of the run whose dictionaries are not there."""
+    return [name for name in config.saes if not is_trained(run, name)]
+
+
+def make_job(config: RunConfig, run: RunDir, names: str | Sequence[str], store: ActivationStore) -> TrainJob:
+    """The job of one SAE, or of several that share every batch."""
     assert config.train is not None
     return TrainJob(
         store=str(absolute(store_path(config, run))),
-        hooks=config.hooks_of(name),
-        spec=config.saes[name],
+        members=tuple(_member_job(config, run, name, store) for name in ([names] if isinstance(names, str) else names)),
         config=config.train,
         sinks=config.sinks,
         seed=config.seed,
         n_threads=_threads_per_worker(config.train, config.ray),
+        selection=config.selection("train"),
+    )
+
+
+def _member_job(config: RunConfig, run: RunDir, name: str, store: ActivationStore) -> MemberJob:
+    spec = config.saes[name]
+    provenance = dictionary_provenance(config, store, config.hook_of(name))
+    if spec.seed is not None:
+        provenance |= {"seed_of_weights": spec.seed}
+    return MemberJob(
+        name=name,
+        hooks=config.hooks_of(name),
+        spec=spec,
+        seed=config.seed if spec.seed is None else spec.seed,
         checkpoints=str(run.checkpoints(name).resolve()),
         output=str(run.trained(name).resolve()),
-        provenance=dictionary_provenance(config, store, config.hook_of(name)),
-        selection=config.selection("train"),
+        provenance=provenance,
     )
 
 
@@ -157,94 +178,6 @@ def _require_one_batch(train: TrainConfig, store: ActivationStore, selection: Se
         )
 
 
-def run_ray(job: TrainJob, config: RunConfig, name: str, run: RunDir, ui: Reporter) -> None:
-    """Train under Ray Train, from the last checkpoint on."""
-    train = job.config
-    start_ray(config.ray)
-    from ray.train import FailureConfig, ScalingConfig
-    from ray.train import RunConfig as RayRunConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    checkpoints = Path(job.checkpoints)
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    n_steps = train.n_tokens // train.batch_size
-    # Ray's own bookkeeping is per attempt: resuming is ours, from `checkpoints`, so that it works without the old
-    # driver.
-    scratch = checkpoints / ".ray"
-    shutil.rmtree(scratch, ignore_errors=True)
-    trainer = TorchTrainer(
-        _ray_worker,
-        train_loop_config={"job": job},
-        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if train.use_gpu else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=train.num_workers,
-            use_gpu=train.use_gpu,
-            resources_per_worker={"CPU": job.n_threads, **({"GPU": 1} if train.use_gpu else {})},
-        ),
-        run_config=RayRunConfig(
-            name=f"{name}-{uuid.uuid4().hex[:8]}",
-            storage_path=str(scratch),
-            failure_config=FailureConfig(max_failures=2),
-        ),
-    )
-    done = int(last_line(checkpoints / METRICS_FILE).get("step", 0))
-    finished = threading.Event()
-    label = "train" if name == "main" else f"train {name}"
-    with ui.stage(label, total=n_steps * train.batch_size, unit="tokens", done=done * train.batch_size) as bar:
-        tail = threading.Thread(
-            target=_follow, args=(checkpoints / METRICS_FILE, done, train.batch_size, bar, finished), daemon=True
-        )
-        tail.start()
-        try:
-            trainer.fit()
-        except Exception as error:  # Ray wraps whatever the worker raised; the cause is what the user needs
-            raise RunError(
-                f"training {name} failed: {_root_cause(error)}; rerun to continue from the last checkpoint"
-            ) from error
-        finally:
-            finished.set()
-            tail.join()
-            shutil.rmtree(scratch, ignore_errors=True)
-    if not is_trained(run, name):
-        raise RunError(f"training {name} ended without a dictionary in {run.trained(name)}; rerun to continue")
-
-
 def is_trained(run: RunDir, name: str) -> bool:
     """Whether the SAE's dictionary is there."""
     return all(file.exists() for file in dictionary_files(run.trained(name)))
-
-
-def _root_cause(error: BaseException) -> str:
-    failures = getattr(error, "worker_failures", None)
-    if failures:
-        error = next(iter(failures.values()))
-    while (inner := getattr(error, "cause", None) or error.__cause__) is not None and inner is not error:
-        error = inner
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
-
-
-def _follow(path: Path, done: int, batch_size: int, bar: Any, finished: threading.Event) -> None:
-    """Move the bar as rank 0 appends steps."""
-    while True:
-        last = finished.wait(0.5)
-        line = last_line(path)
-        step = int(line.get("step", done))
-        if step > done:
-            bar.note(f"loss {line['loss']:.3f}  L0 {line['l0']:.1f}  dead {line['dead']}")
-            bar.advance((step - done) * batch_size)
-            done = step
-        if last:
-            return
-
-
-def _ray_worker(settings: dict[str, Any]) -> None:
-    """What Ray Train runs on every rank."""
-    import ray.train
-    from ray.train.torch import get_device
-
-    context = ray.train.get_context()
-    metrics = train_worker(
-        settings["job"], rank=context.get_world_rank(), world_size=context.get_world_size(), device=get_device()
-    )
-    ray.train.report(metrics)

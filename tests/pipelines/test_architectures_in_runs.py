@@ -56,7 +56,7 @@ def test_entry_trains_to_a_dictionary_that_the_later_stages_read(
     threads = torch.get_num_threads()
     figures = train_worker(make_job(config, run, "main", store))
     torch.set_num_threads(threads)
-    assert figures["step"] == 6
+    assert figures["main"]["step"] == 6
     dictionary = load_trained(run, "main")
     assert dictionary.config.architecture == SPECS[name]["architecture"]
     assert dictionary.hook_names == config.hooks_of("main")

@@ -23,7 +23,8 @@ from pipelines.progress import SilentReporter
 from pipelines.rundir import RunDir
 from pipelines.selection import kept, selected
 from pipelines.train import make_job, train
-from pipelines.train_worker import _sample, train_worker
+from pipelines.train_worker import train_worker
+from pipelines.training.calibration import calibration_batches
 from sae.metrics import FVU
 from storage import ShuffledReader
 from tests.tiny import COMMON, TOPICS, tiny_config
@@ -250,8 +251,8 @@ def test_training_reads_selected_tokens_alone(config, run, chat_store, tmp_path,
     start, stop = chat_store.spec.split_range("train")
     mask = kept(chat_store, HOOK, start, stop, chosen.sinks.multiple, ASSISTANT)
     expected = chat_store.activations(HOOK, start, stop).float()[torch.from_numpy(mask)]
-    (sample,) = _sample(chat_store, job, 10**6)
-    assert torch.equal(sample, expected)
+    parts = calibration_batches(chat_store, (HOOK,), job.sinks, job.selection, 10**6)
+    assert torch.equal(torch.cat([x for (x,) in parts]), expected)
     reader = ShuffledReader(chat_store, HOOK, batch_size=128, seed=0, select=job.selection)
     assert reader.n_rows == kept(chat_store, HOOK, start, stop, 3.0, ASSISTANT).sum()
 
@@ -261,7 +262,7 @@ def test_training_reads_selected_tokens_alone(config, run, chat_store, tmp_path,
     def ask(*_, select, **__):
         raise Asked(select)
 
-    monkeypatch.setattr("pipelines.train_worker.ShuffledReader", ask)
+    monkeypatch.setattr("pipelines.training.batches.ShuffledReader", ask)
     with pytest.raises(Asked) as asked:
         train_worker(job)
     assert asked.value.args == (job.selection,)

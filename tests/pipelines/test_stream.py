@@ -21,9 +21,11 @@ from pipelines.evaluate import evaluate_reconstruction
 from pipelines.latents import compute_latents
 from pipelines.progress import SilentReporter
 from pipelines.rundir import RunDir
-from pipelines.stream import least_capacity, share_cpus, stream_problems
+from pipelines.stream import CONSUMER, least_capacity, share_cpus, stream_problems
 from pipelines.train import check_settings, make_job, train
-from pipelines.train_worker import TrainJob, train_worker
+from pipelines.train_worker import train_worker
+from pipelines.training import member
+from pipelines.training.job import TrainJob
 from sae import Dictionary
 from storage import ActivationStore, Consumer, Ring, verify
 from tests.tiny import tiny_config, write_texts
@@ -72,8 +74,8 @@ class InThreads:
         self.stop = threading.Event()
 
     def job(self) -> TrainJob:
-        job = make_job(self.config, self.run, "main", ActivationStore.open(self.path, tail=True))
-        return replace(job, consumer="main", capacity=self.capacity, n_threads=1)
+        job = make_job(self.config, self.run, list(self.config.saes), ActivationStore.open(self.path, tail=True))
+        return replace(job, consumer=CONSUMER, capacity=self.capacity, n_threads=1)
 
     def _harvest(self) -> None:
         for shard in [shard for shard in self.ring.writing_order() if shard in set(self.writer.missing())]:
@@ -88,7 +90,7 @@ class InThreads:
                 return
 
     def train(self) -> None:
-        consumer = Consumer(self.ring, "main", capacity=self.capacity)
+        consumer = Consumer(self.ring, CONSUMER, capacity=self.capacity)
         thread = threading.Thread(target=self._harvest)
         thread.start()
         try:
@@ -119,13 +121,13 @@ class Stored:
         train_worker(replace(job, n_threads=1))
 
 
-def steps(out: Path) -> list[dict[str, Any]]:
-    lines = (out / "checkpoints/main/metrics.jsonl").read_text().splitlines()
+def steps(out: Path, name: str = "main") -> list[dict[str, Any]]:
+    lines = (out / f"checkpoints/{name}/metrics.jsonl").read_text().splitlines()
     return [{key: value for key, value in json.loads(line).items() if key != "time"} for line in lines]
 
 
-def trained_weights(out: Path) -> bytes:
-    return (out / "checkpoints/main/dictionary/sae_weights.safetensors").read_bytes()
+def trained_weights(out: Path, name: str = "main") -> bytes:
+    return (out / f"checkpoints/{name}/dictionary/sae_weights.safetensors").read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +173,30 @@ def test_stream_killed_in_training_ends_as_if_nothing_had_happened(
     assert 1 <= run.most <= CAPACITY
 
 
+def test_two_saes_share_one_stream_and_a_kill_between_their_checkpoints(
+    config: RunConfig, resolved, streamed: InThreads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    saes = {"second": config.saes["main"].model_copy(update={"k": 4}), **config.saes}
+    run = InThreads(config.model_copy(update={"saes": saes}), resolved, tmp_path / "run")
+    original, saved = member.save_checkpoint, 0
+
+    def crashing(*arguments: Any) -> None:
+        nonlocal saved
+        saved += 1
+        if saved == 6:  # `second` is saved at step 12, `main` is not
+            raise Crash
+        original(*arguments)
+
+    monkeypatch.setattr(member, "save_checkpoint", crashing)
+    with pytest.raises(Crash):
+        run.train()
+    run.train()
+    assert steps(run.run.path) == steps(streamed.run.path)
+    assert trained_weights(run.run.path) == trained_weights(streamed.run.path)
+    assert [step["l0"] for step in steps(run.run.path, "second")] == [4.0] * 31
+    assert 1 <= run.most <= CAPACITY
+
+
 def test_later_stages_run_on_the_retained_slice(streamed: InThreads, tmp_path: Path):
     store = open_store(streamed.config, streamed.run)
     dictionary = Dictionary.load(streamed.run.trained("main"))
@@ -205,7 +231,6 @@ def test_what_cannot_stream_is_refused_before_anything_is_collected(tiny_model: 
     assert problems() == ""
     assert "train.n_tokens (50,000) must be at most 9,120" in problems(train__n_tokens=50_000)
     assert "collect.capacity_shards (14) must be at least 15" in problems(collect__capacity_shards=14)
-    assert "trains one SAE, and `saes` has 2" in problems(saes__second={"d_sae": 96, "k": 8})
     assert "a ring on an object store is not supported" in problems(collect__store="s3://bucket/store")
     with pytest.raises(UsageError, match=r"has 1 CPUs: 1 training worker.* leave none for a harvester"):
         problems(ray__num_cpus=1)

@@ -32,11 +32,10 @@ def steps(out):
 def train_inline(finished: FinishedRun, tmp_path):
     """Train the finished run's SAE in this process, elsewhere."""
     config, run = load_config(finished.config), RunDir(finished.out)
-    job = dataclasses.replace(
-        make_job(config, run, "main", open_store(config, run)),
-        checkpoints=str(tmp_path / "checkpoints/main"),
-        output=str(tmp_path / "dictionary"),
-    )
+    job = make_job(config, run, "main", open_store(config, run))
+    (member,) = job.members
+    elsewhere = {"checkpoints": str(tmp_path / "checkpoints/main"), "output": str(tmp_path / "dictionary")}
+    job = dataclasses.replace(job, members=(dataclasses.replace(member, **elsewhere),))
     threads = torch.get_num_threads()
     try:
         train_worker(job)

@@ -1,0 +1,117 @@
+"""One SAE of a training job: its trainer, its checkpoints and its figures."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pipelines.architectures import sae_config
+from pipelines.training.calibration import write_trained
+from pipelines.training.job import MemberJob, TrainJob
+from pipelines.training.metrics import METRICS_FILE, MetricsFile
+from sae import StepMetrics, Trainer, TrainerConfig, build
+from sae.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from sae.normalise import fit_normaliser
+from sae.trainer import DivergedError
+from storage import ActivationStore
+
+
+class Member:
+    """Trains one SAE, from its last checkpoint on. Every rank has one; that of rank 0 writes.
+
+    Args:
+        sample: `starting_sample` of its hooks.
+    """
+
+    def __init__(
+        self,
+        own: MemberJob,
+        job: TrainJob,
+        store: ActivationStore,
+        sample: Sequence[Float[Tensor, "n_tokens _"]],
+        *,
+        rank: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        train = job.config
+        self.job = own
+        self.failure: str | None = None
+        """Why it was stopped, and where it can go on from."""
+        self._whole = job
+        self._store = store
+        self._writes = rank == 0
+        self._checkpoints = Path(own.checkpoints)
+        self.trainer = Trainer(
+            build(sae_config(own.spec, [store.spec.hook(hook).d_in for hook in own.hooks]), seed=own.seed),
+            TrainerConfig(
+                lr=train.lr,
+                warmup_fraction=train.warmup_fraction,
+                decay_fraction=train.decay_fraction,
+                auxk_alpha=train.auxk_alpha,
+            ),
+            job.n_steps,
+            device=device,
+            normalisers=[fit_normaliser(part, train.normalize) for part in sample],
+        )
+        found = latest_checkpoint(self._checkpoints)
+        if found is not None:
+            self.trainer.load_state_dict(load_checkpoint(found))
+        else:
+            self.trainer.initialise(sample)
+        self._metrics = MetricsFile(self._checkpoints / METRICS_FILE, self.step) if self._writes else None
+
+    @property
+    def step(self) -> int:
+        """Steps finished."""
+        return self.trainer.step
+
+    def train_on(self, batch: Sequence[Float[Tensor, "batch _"]], same_context: float) -> None:
+        """One step.
+
+        Args:
+            same_context: `expected_same_context` of the batch, for the record.
+        Raises: as `Trainer.fit`.
+        """
+        taken: list[StepMetrics] = []
+
+        def on_step(metrics: StepMetrics) -> bool:
+            taken.append(metrics)
+            return False
+
+        self.trainer.fit([batch], on_step)
+        if self._metrics is not None:
+            (metrics,) = taken
+            self._metrics.write({**metrics._asdict(), "expected_same_context": round(same_context, 3)})
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        if self._writes:
+            save_checkpoint(self._checkpoints, self.step, self.trainer.state_dict())
+
+    def stop(self, error: DivergedError) -> None:
+        """Train no further: the weights have gone astray, and are not saved."""
+        self.failure = f"{error} {self.last_good()}"
+
+    def last_good(self) -> str:
+        """Where training can go on from, as a sentence."""
+        found = latest_checkpoint(self._checkpoints)
+        return "No checkpoint was saved yet." if found is None else f"The last good checkpoint is {found}."
+
+    def finish(self) -> None:
+        """Calibrate the inference threshold and write the trained dictionary."""
+        write_trained(
+            self.trainer.export(),
+            self.job.output,
+            store=self._store,
+            hooks=self.job.hooks,
+            sinks=self._whole.sinks,
+            selection=self._whole.selection,
+            provenance=self.job.provenance,
+        )
+
+    def close(self) -> None:
+        """Close the files."""
+        if self._metrics is not None:
+            self._metrics.close()
