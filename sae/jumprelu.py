@@ -110,7 +110,7 @@ class JumpReLUSAE(SAE):
         near = select_above_each(encoder, lower, _MAX_DENSITY)
         if near is None:
             return None
-        live = live_latents(self, encoder, near)
+        live = live_latents(self, encoder, near, context)
         value, threshold = live.value.unsqueeze(0), self.threshold[live.latent]
         latent_acts: Tensor = _JumpReLU.apply(value, threshold, config.window, False)  # type: ignore[no-untyped-call]
         active: Tensor = _Step.apply(value, threshold, config.window)  # type: ignore[no-untyped-call]

@@ -59,17 +59,18 @@ class MatryoshkaBatchTopKSAE(ThresholdSAE):
         """Mean reconstruction loss over the prefixes, and AuxK on what all latents leave."""
         encoder = training_encoder(self, x)
         latents, smallest_kept = select_batchtopk(encoder, self.config.k, context)
-        live = live_latents(self, encoder, latents)
+        live = live_latents(self, encoder, latents, context)
         prefixes = self.prefixes(context.step)
+        own = context.latents.share(self.d_sae)  # all latents, unless they are spread over processes
         x_hat = self.b_dec.expand(len(x), -1)
         nothing = torch.zeros_like(self.b_dec)
         losses = []
-        edges = (0, *prefixes)
+        edges = [min(max(edge - own.start, 0), len(self.b_enc)) for edge in (0, *prefixes)]
         rows = torch.split(self.W_dec, [stop - start for start, stop in pairwise(edges)])
         for (start, stop), W_dec in zip(pairwise(edges), rows, strict=True):
             inside = ((live.latent >= start) & (live.latent < stop)).nonzero().squeeze(1)
             group = SparseLatents(live.row[inside], live.latent[inside] - start, live.value[inside])
-            x_hat = x_hat + decode(group, W_dec, nothing, len(x))
+            x_hat = x_hat + context.latents.combine(decode(group, W_dec, nothing, len(x)))
             losses.append(reconstruction_loss(target, x_hat, context.variance, context.n_tokens))
         total = torch.stack(losses).mean() + auxk_term(self, x, target - x_hat, context)
-        return step_losses(total, losses[-1], latents, self.d_sae, smallest_kept)
+        return step_losses(total, losses[-1], latents, len(self.b_enc), smallest_kept)

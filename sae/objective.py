@@ -15,15 +15,16 @@ from sae.parallel import Group
 
 
 class StepContext(NamedTuple):
-    """What an objective may depend on besides the weights and the batch. Equal in all processes."""
+    """What an objective may depend on besides the weights and the batch. Equal in all processes, `dead` excepted."""
 
     group: Group
+    """The processes that hold the rows of the batch."""
     n_tokens: int
     """Tokens of the global batch."""
     variance: Float[Tensor, ""]
     """Total variance of the targets of the global batch (`losses.total_variance`)."""
     dead: Bool[Tensor, " d_sae"]
-    """Latents silent for `TrainerConfig.dead_threshold_tokens`."""
+    """Own latents silent for `TrainerConfig.dead_threshold_tokens`."""
     step: int
     """Steps finished."""
     n_steps: int
@@ -37,11 +38,13 @@ class StepContext(NamedTuple):
     bf16: bool
     """Search for the candidates of a selection in bfloat16."""
     any_dead: bool | None = None
-    """Whether there are dead latents, where that is known already: asking a GPU takes time."""
+    """Whether there are dead latents anywhere, where that is known already: asking a GPU takes time."""
+    latents: Group = Group(alone=True)
+    """The processes that the latents are spread over."""
 
 
 class StepLosses(NamedTuple):
-    """What an objective returns, of this process's share of the batch."""
+    """What an objective returns, of this process's share of the batch and its own latents."""
 
     total: Float[Tensor, ""]
     """What is minimised."""

@@ -5,26 +5,28 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from sae.base import SAE
-from sae.kernels.update import fused_update
-from sae.parallel import Group
+from sae.features import own_part
+from sae.kernels.update import clip_gradients, fused_update
+from sae.parallel import Layout
 
 
 class Optimizer:
     """The one place where weights change: gradients summed over processes, projected, clipped; Adam; unit norm again.
 
     Args:
+        sae: with this process's latents, under a layout that spreads them.
         betas: Adam's decay rates; None takes the architecture's own.
         grad_clip: largest norm of the whole gradient; None turns clipping off.
     """
 
     def __init__(
-        self, sae: SAE, group: Group, lr: float, betas: tuple[float, float] | None, grad_clip: float | None
+        self, sae: SAE, layout: Layout, lr: float, betas: tuple[float, float] | None, grad_clip: float | None
     ) -> None:
         self.sae = sae
-        self.group = group
+        self.layout = layout
         self.grad_clip = grad_clip
         self.adam = torch.optim.Adam(sae.parameters(), lr=lr, betas=betas or sae.adam_betas, fused=True)
 
@@ -38,22 +40,22 @@ class Optimizer:
         parameters = list(self.sae.parameters())
         self.adam.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        self.group.sum_gradients(parameters)
+        self.layout.rows.sum_gradients(parameters)
         if check is not None:
             check()
         assert self.sae.W_dec.grad is not None
         for param_group in self.adam.param_groups:
             param_group["lr"] = lr
-        if not fused_update(self.sae, self.adam, self.grad_clip):
-            self._update_in_steps(parameters)
+        if not fused_update(self.sae, self.adam, self.grad_clip, self.layout.latents):
+            self._update_in_steps()
         self.sae.after_update()
 
-    def _update_in_steps(self, parameters: list[nn.Parameter]) -> None:
+    def _update_in_steps(self) -> None:
         W_dec = self.sae.W_dec
         if self.sae.unit_norm_decoder and W_dec.grad is not None:
             project_gradient(W_dec.data, W_dec.grad)
         if self.grad_clip is not None:
-            torch.nn.utils.clip_grad_norm_(parameters, self.grad_clip)
+            clip_gradients(self.sae, self.grad_clip, self.layout.latents)
         for state in self.adam.state.values():  # where torch's fused Adam keeps it; the other forms keep it on the CPU
             state["step"] = state["step"].to(W_dec.device)
         self.adam.step()
@@ -75,7 +77,9 @@ class Optimizer:
             prefix = f"adam.{name}."
             saved = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
             self.adam.state[parameter] = {
-                key: torch.empty_like(parameter).copy_(value) if key != "step" else value.clone()
+                key: value.clone()
+                if key == "step"
+                else torch.empty_like(parameter).copy_(own_part(name, value, self.layout.latents))
                 for key, value in saved.items()
             }
 

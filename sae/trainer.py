@@ -6,7 +6,7 @@
 
 One step, read from top to bottom: `fit` → `_step` → the architecture's `objective` → `Optimizer.update`. The same code
 trains every architecture, on one process and on several (`sae.parallel`); several processes with a share of each batch
-take the step that one process takes with all of it.
+or of the latents take the step that one process takes with all of it.
 """
 
 import json
@@ -20,11 +20,12 @@ from torch import Tensor
 
 from sae.architectures import empty
 from sae.base import SAE
+from sae.features import own_part, require_splittable, split_latents, whole_state
 from sae.kernels.select import multiplies_bf16
 from sae.normalise import Normaliser
 from sae.objective import StepContext, StepLosses
 from sae.optim import Optimizer, schedule
-from sae.parallel import Group
+from sae.parallel import Layout, LayoutName
 from sae.threshold import thresholded
 
 Batch = Float[Tensor, "_ _"] | Sequence[Float[Tensor, "_ _"]]
@@ -109,11 +110,16 @@ class Trainer:
     """Trains an SAE of any architecture with Adam.
 
     Args:
-        sae: trained in place, in the units of the normalised activations; `export` returns the one to use.
+        sae: trained in place, in the units of the normalised activations; `export` returns the one to use. Under the
+            layout "features" it keeps this process's latents only.
         n_steps: length of the whole run, which the schedule needs.
         device: where the SAE and the batches are moved.
         normalisers: one for each tensor of a batch, by default the identity; `export` folds them away. Adam moves every
             parameter by about `lr` per step, so a scale sets how fast the biases move relative to the data.
+        layout: what each process has of the default torch.distributed group, where there is one: rows of the batch
+            ("data") or latents ("features"); see `sae.parallel`.
+    Raises:
+        ValueError: if the normalisers do not fit the batches, or the layout the architecture.
     """
 
     def __init__(
@@ -124,24 +130,33 @@ class Trainer:
         *,
         device: torch.device | str = "cpu",
         normalisers: Sequence[Normaliser] | None = None,
+        layout: LayoutName = "data",
     ) -> None:
         if n_steps < 1:
             raise ValueError(f"`n_steps` must be at least 1, got {n_steps}. Give the length of the whole run.")
         self.device = torch.device(device)
         normalisers = [Normaliser.none(width) for width in sae.batch_widths] if normalisers is None else normalisers
         _check_normalisers(sae, normalisers)
+        self.layout = Layout.of(layout)
+        if layout == "features":
+            require_splittable(sae.config, self.layout.latents.world_size)
         self.sae = sae.to(device)
         self.config = config
         self.n_steps = n_steps
         self.normalisers = tuple(normaliser.to(self.device) for normaliser in normalisers)
         self._applied = [None if normaliser.is_identity else normaliser for normaliser in self.normalisers]
-        self.group = Group()
-        self.group.broadcast(list(self.sae.state_dict().values()))
-        self.optimizer = Optimizer(self.sae, self.group, config.lr, config.betas, config.grad_clip)
+        self.group = self.layout.rows
+        for group in self.layout:
+            group.broadcast(list(self.sae.state_dict().values()))
+        if self.layout.latents.world_size > 1:
+            split_latents(self.sae, self.layout.latents)
+        self.optimizer = Optimizer(self.sae, self.layout, config.lr, config.betas, config.grad_clip)
         self.step = 0
         self.n_tokens = 0
-        self.tokens_since_fired = torch.zeros(sae.d_sae, dtype=torch.int64, device=self.device)
+        self.tokens_since_fired = torch.zeros(len(self.sae.b_enc), dtype=torch.int64, device=self.device)
+        """Of this process's latents."""
         self.initialised = False
+        self._batch_compared = False
         self._smallest_kept = 0.0
 
     # ---- the loop -------------------------------------------------------------------------------------------------
@@ -149,8 +164,8 @@ class Trainer:
     def initialise(self, batch: Batch, centre: Literal["mean", "geometric_median"] = "geometric_median") -> None:
         """Set the biases to the centre of `batch`, so that the latents need not learn it.
 
-        Several processes pass each their share; the centre is that of all of it. The geometric median (Gao et al. 2024,
-        arXiv:2406.04093, appendix A.1) heeds outliers less than the mean.
+        Several processes pass each what they pass to `fit`; the centre is that of all of it. The geometric median (Gao
+        et al. 2024, arXiv:2406.04093, appendix A.1) heeds outliers less than the mean.
         """
         x, target = self.sae.input_and_target(self._checked(batch))
         find = self._mean if centre == "mean" else self._geometric_median
@@ -162,11 +177,12 @@ class Trainer:
         """Train from the current step to `n_steps`. The first batch of a run sets `b_dec` unless `initialise` did.
 
         Args:
-            batches: this process's rows of each global batch, any float dtype. Not modified.
+            batches: this process's rows of each global batch, any float dtype; under the layout "features" all rows, in
+                every process. Not modified.
             on_step: called after each step; returning False or raising StopTraining ends the run after that step.
         Raises:
             ValueError: if a batch has the wrong width, mixed dtypes, NaN or infinity or no variance, before the weights
-                change; or if `batches` ends early.
+                change; if the processes must all have the first batch and do not; or if `batches` ends early.
             DivergedError: if the loss is not finite; the weights are those after the step before.
         """
         if self.step >= self.n_steps:
@@ -174,7 +190,10 @@ class Trainer:
         for batch in batches:
             if not self.initialised:
                 self.initialise(batch)
-            metrics = self._step(*self.sae.input_and_target(self._checked(batch)))
+            x, target = self.sae.input_and_target(self._checked(batch))
+            if self.layout.latents.world_size > 1 and not self._batch_compared:
+                self._require_same(x)
+            metrics = self._step(x, target)
             try:
                 proceed = on_step is None or on_step(metrics) is not False
             except StopTraining:
@@ -191,7 +210,7 @@ class Trainer:
         variance, n_tokens = self.group.total_variance(target)
         dead_after = self.dead_threshold_tokens
         dead = self.tokens_since_fired >= dead_after
-        n_dead = int(dead.sum())
+        n_dead = self.layout.latents.sum_int(int(dead.sum()))
         context = StepContext(
             group=self.group,
             n_tokens=n_tokens,
@@ -204,22 +223,20 @@ class Trainer:
             k_aux=config.k_aux or self.sae.d_in // 2,
             bf16=multiplies_bf16(self.device) if config.autocast_bf16 is None else config.autocast_bf16,
             any_dead=n_dead > 0,
+            latents=self.layout.latents,
         )
         losses = self.sae.objective(x, target, context)
+        n_active = self.layout.latents.sum(losses.n_active).to(losses.total.dtype)
         totals = _Reading(
-            self.group.sum(
-                torch.stack(
-                    [losses.total.detach(), losses.reconstruction.detach(), losses.n_active.to(losses.total.dtype)]
-                )
-            )
+            self.group.sum(torch.stack([losses.total.detach(), losses.reconstruction.detach(), n_active]))
         )
         lr = config.lr * schedule(self.step, self.n_steps, config.warmup_fraction, config.decay_fraction)
         self.optimizer.update(losses.total, lr, lambda: self._check_finite(totals.read()[0], variance, n_tokens))
-        loss, batch_fvu, n_active = totals.read()
+        loss, batch_fvu, total_active = totals.read()
         self._count(losses, n_tokens)
         self.step += 1
         self.n_tokens += n_tokens
-        return StepMetrics(self.step, loss, batch_fvu, n_active / n_tokens, n_dead, dead_after, lr, self.n_tokens)
+        return StepMetrics(self.step, loss, batch_fvu, total_active / n_tokens, n_dead, dead_after, lr, self.n_tokens)
 
     def _check_finite(self, loss: float, variance: Float[Tensor, ""], n_tokens: int) -> None:
         """Refuse a loss that is NaN or infinite, before the weights change."""
@@ -271,6 +288,18 @@ class Trainer:
             checked.append(x if normaliser is None else normaliser.apply(x))
         return checked
 
+    def _require_same(self, x: Float[Tensor, "batch d_in"]) -> None:
+        """Refuse, in every process, a first batch that is not the same everywhere: easily passed by mistake."""
+        sums = torch.stack([x.sum(dtype=torch.float64), x.new_tensor(len(x), dtype=torch.float64)])
+        everywhere = torch.stack(self.layout.latents.gather(sums)).tolist()
+        if any(other != everywhere[0] for other in everywhere):
+            raise ValueError(
+                "Under the layout 'features' every process must be given the whole batch, got batches of "
+                f"{', '.join(str(int(n)) for _, n in everywhere)} rows with sums "
+                f"{', '.join(f'{total:.6g}' for total, _ in everywhere)}. Read all rows in each of them."
+            )
+        self._batch_compared = True
+
     def _mean(self, x: Float[Tensor, "batch width"]) -> Float[Tensor, " width"]:
         sums = self.group.sum(
             torch.cat([x.sum(dim=0, dtype=torch.float64), x.new_tensor([len(x)], dtype=torch.float64)])
@@ -290,9 +319,18 @@ class Trainer:
 
     @torch.no_grad()
     def export(self) -> SAE:
-        """A new SAE on the CPU that maps raw activations: the normalisation is folded in exactly (`SAE.fold`)."""
+        """A new SAE on the CPU that maps raw activations: the normalisation is folded in exactly (`SAE.fold`).
+
+        Under the layout "features" every process must call it, and gets the whole SAE.
+        """
         sae = empty(self.sae.config)
-        sae.load_state_dict(self.sae.state_dict())
+        latents = self.layout.latents
+        state = whole_state(
+            {f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()}, sae.d_sae, latents
+        )
+        if latents.rank == 0:
+            sae.load_state_dict({name.removeprefix("sae."): tensor for name, tensor in state.items()})
+        latents.broadcast(list(sae.state_dict().values()))
         normalisers = [normaliser.to(torch.device("cpu")) for normaliser in self.normalisers]
         if not all(normaliser.is_identity for normaliser in normalisers):
             sae.fold(normalisers)
@@ -309,7 +347,11 @@ class Trainer:
         return dict(json.loads(json.dumps(settings)))
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next step depends on, flat: tensors, and plain JSON values. Tensors are not copies."""
+        """Everything that the next step depends on, flat: tensors, and plain JSON values. Tensors are not copies.
+
+        It does not depend on layout and number of processes. Under the layout "features" every process must call it;
+        the first gets the state, the others nothing.
+        """
         state: dict[str, Any] = {
             "step": self.step,
             "n_tokens": self.n_tokens,
@@ -320,11 +362,11 @@ class Trainer:
         state |= self._settings()
         state |= {f"normaliser_shift.{i}": normaliser.shift for i, normaliser in enumerate(self.normalisers)}
         state |= {f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()}
-        return state | self.optimizer.state_dict()
+        return whole_state(state | self.optimizer.state_dict(), self.sae.d_sae, self.layout.latents)
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state_dict` was taken. Keys that others added are ignored.
+        """Continue where `state_dict` was taken, under any layout. Keys that others added are ignored.
 
         Raises: ValueError if the state belongs to another SAE, trainer configuration, length or normalisation, listing
             what differs.
@@ -347,8 +389,8 @@ class Trainer:
                 + ". Restore them or start afresh."
             )
         for name, tensor in self.sae.state_dict().items():
-            tensor.copy_(state[f"sae.{name}"])
-        self.tokens_since_fired.copy_(state["tokens_since_fired"])
+            tensor.copy_(own_part(name, state[f"sae.{name}"], self.layout.latents))
+        self.tokens_since_fired.copy_(own_part("tokens_since_fired", state["tokens_since_fired"], self.layout.latents))
         self.step, self.n_tokens = int(state["step"]), int(state["n_tokens"])
         self.initialised, self._smallest_kept = bool(state["initialised"]), float(state["smallest_kept"])
         self.optimizer.load_state_dict(state)

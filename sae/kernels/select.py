@@ -228,19 +228,10 @@ def _estimate_smallest_kept(encoder: Encoder, share: float) -> float:
     return float(block.topk(n_above, sorted=False).values.min().relu())
 
 
-def select_batchtopk(
+def batch_candidates(
     encoder: Encoder, n_keep: int, last_smallest: float, group: Group, *, bf16: bool = False
-) -> BatchSelection:
-    """The `n_keep` largest positive pre-activations of the batch that all processes of `group` hold together.
-
-    Exact whatever `last_smallest` is: it only brackets the search. When fewer than `n_keep` survive the bracket, it is
-    lowered, in the end to zero.
-
-    Args:
-        n_keep: k times the tokens of the global batch.
-        last_smallest: `smallest_kept` of the step before; 0 when there was none, which estimates it. Equal in all
-            processes.
-    """
+) -> SparseLatents:
+    """This process's pre-activations above a bound that at least `n_keep` of all processes' reach, or all positive."""
     if last_smallest == 0:
         n_own = n_keep / group.world_size
         estimate = _estimate_smallest_kept(encoder, n_own / (len(encoder.x_centred) * len(encoder.b_enc)))
@@ -251,6 +242,23 @@ def select_batchtopk(
         found = select_above(encoder, bound, bf16=bf16)
         if bound == 0 or group.sum_int(len(found.value)) >= n_keep:
             break
+    return found
+
+
+def select_batchtopk(
+    encoder: Encoder, n_keep: int, last_smallest: float, group: Group, *, bf16: bool = False
+) -> BatchSelection:
+    """The `n_keep` largest positive pre-activations of the batch whose rows the processes of `group` hold together.
+
+    Exact whatever `last_smallest` is: it only brackets the search. When fewer than `n_keep` survive the bracket, it is
+    lowered, in the end to zero. The batch is the processes' rows one after the other, in order of rank.
+
+    Args:
+        n_keep: k times the tokens of the global batch.
+        last_smallest: `smallest_kept` of the step before; 0 when there was none, which estimates it. Equal in all
+            processes.
+    """
+    found = batch_candidates(encoder, n_keep, last_smallest, group, bf16=bf16)
     everywhere, own = group.gather_values(found.value)
     keep = largest(everywhere, n_keep)
     smallest_kept = float(torch.where(keep, everywhere, torch.inf).min()) if len(everywhere) else 0.0

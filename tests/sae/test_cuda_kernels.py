@@ -10,7 +10,7 @@ from sae import BatchTopKConfig, TopKConfig, Trainer, TrainerConfig, build
 from sae.base import SparseLatents
 from sae.kernels import cpu, errors, reference, select, update
 from sae.optim import Optimizer
-from sae.parallel import Group
+from sae.parallel import Group, Layout
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -176,7 +176,7 @@ def test_training_on_the_gpu_follows_training_on_the_cpu_and_repeats(
 def test_the_fused_update_equals_the_update_in_steps() -> None:
     def weights(fused: bool) -> dict[str, torch.Tensor]:
         sae = build(TopKConfig(d_in=12, d_sae=48, k=5), seed=0).to(DEVICE)
-        optimizer = Optimizer(sae, Group(), 1e-2, None, 1e-3)
+        optimizer = Optimizer(sae, Layout.of("data"), 1e-2, None, 1e-3)
         for step in range(3):
             for i, parameter in enumerate(sae.parameters()):
                 grad = tensor(*parameter.t().shape, seed=10 * step + i)
@@ -184,9 +184,9 @@ def test_the_fused_update_equals_the_update_in_steps() -> None:
                 if parameter.is_contiguous():
                     parameter.grad = parameter.grad.contiguous()
             if fused:
-                assert update.fused_update(sae, optimizer.adam, optimizer.grad_clip)
+                assert update.fused_update(sae, optimizer.adam, optimizer.grad_clip, Group())
             else:
-                optimizer._update_in_steps(list(sae.parameters()))
+                optimizer._update_in_steps()
         return sae.state_dict()
 
     in_steps = weights(fused=False)

@@ -10,7 +10,7 @@ from sae.base import SAE, SparseLatents
 from sae.kernels import cpu, errors, loops, reference, select
 from sae.kernels.update import fused_update
 from sae.optim import Optimizer
-from sae.parallel import Group
+from sae.parallel import Group, Layout
 
 N, D_IN, D_SAE, K = 60, 12, 48, 5
 
@@ -181,7 +181,7 @@ def test_squared_errors_equal_the_plain_formula(rows: int) -> None:
 def test_fused_update_equals_the_steps_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     def trained(fused: bool, grad_clip: float | None) -> dict[str, torch.Tensor]:
         sae, x, _ = problem()
-        optimizer = Optimizer(sae, Group(), lr=1e-2, betas=None, grad_clip=grad_clip)
+        optimizer = Optimizer(sae, Layout.of("data"), lr=1e-2, betas=None, grad_clip=grad_clip)
         monkeypatch.setattr("sae.optim.fused_update", fused_update if fused else lambda *_: False)
         for step in range(5):
             optimizer.update((sae.pre_acts(x).relu() @ sae.W_dec + sae.b_dec - x).square().mean(), 1e-2 / (step + 1))

@@ -22,6 +22,7 @@ from sae import (
 from sae.kernels import reference
 from sae.losses import reconstruction_loss, total_variance
 from sae.normalise import Normaliser
+from sae.parallel import Group
 from sae.sparse_objective import decode_dead
 from sae.trainer import DivergedError
 
@@ -141,7 +142,7 @@ def test_auxk_sends_gradients_to_dead_latents_only() -> None:
     x = next(planted(1))
     dead = torch.zeros(D_SAE, dtype=torch.bool)
     dead[[1, 5, 9, 11, 60]] = True
-    decode_dead(run.sae, x - 5, dead, 3).square().sum().backward()  # type: ignore[no-untyped-call]
+    decode_dead(run.sae, x - 5, dead, 3, Group()).square().sum().backward()  # type: ignore[no-untyped-call]
     for parameter, dimension in ((run.sae.W_enc, 1), (run.sae.W_dec, 0), (run.sae.b_enc, 0)):
         assert parameter.grad is not None
         touched = parameter.grad.movedim(dimension, 0).reshape(D_SAE, -1).abs().sum(1) > 0
@@ -155,7 +156,7 @@ def test_auxk_gradient_equals_that_of_the_plain_formula() -> None:
     dead = torch.arange(D_SAE) % 5 == 0
     sae = run.sae
     parameters = list(sae.parameters())
-    ours = torch.autograd.grad(decode_dead(run.sae, x, dead, 3).square().sum(), parameters)
+    ours = torch.autograd.grad(decode_dead(run.sae, x, dead, 3, Group()).square().sum(), parameters)
     pre_acts = ((x - sae.b_dec) @ sae.W_enc + sae.b_enc)[:, dead]
     chosen = torch.zeros_like(pre_acts).scatter(1, pre_acts.topk(3, dim=1).indices, 1.0)
     plain = ((pre_acts.relu() * chosen) @ sae.W_dec[dead]).square().sum()
