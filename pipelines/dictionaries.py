@@ -41,7 +41,7 @@ def load_source(source: DictionarySource, hook: str, d_in: int) -> Dictionary:
     """
     where = Path(source.path, source.subfolder or "")
     try:
-        dictionary = Dictionary.load(where)
+        dictionary = Dictionary.load(where, verify=True)
     except (ValueError, FileNotFoundError) as error:
         raise UsageError(f"dictionary.path: {error}") from error
     if dictionary.d_in != d_in:
@@ -59,7 +59,7 @@ def load_trained(run: RunDir, name: str) -> Dictionary:
         RunError: it is not there yet, or damaged.
     """
     try:
-        return Dictionary.load(run.trained(name))
+        return Dictionary.load(run.trained(name), verify=True)
     except FileNotFoundError as error:
         raise RunError(f"the run has no trained dictionary {name!r}: run `sae train` first ({error})") from error
     except ValueError as error:

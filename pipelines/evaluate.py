@@ -84,7 +84,7 @@ def evaluate_reconstruction(
         n_all += len(x)
         with torch.inference_mode():
             latents = dictionary.encode(x)
-            x_hat = dictionary.decode(latents) + dictionary.sae.bypass(x)
+            x_hat = dictionary.decode(latents, x) + dictionary.sae.bypass(x)
         fvu_all.update(target, x_hat)
         l0_all.update(latents)
         fvu.update(target[keep], x_hat[keep])

@@ -125,7 +125,7 @@ def _describe_dictionary(path: Path) -> dict[str, Any]:
     from sae import Dictionary
 
     try:
-        dictionary = Dictionary.load(path)
+        dictionary = Dictionary.load(path, verify=True)
     except (ValueError, FileNotFoundError) as error:
         raise UsageError(str(error)) from error
     features = dictionary.features

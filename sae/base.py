@@ -15,6 +15,10 @@ from torch import Tensor, nn
 from sae.config import SAEConfig
 from sae.normalise import Normaliser
 from sae.objective import StepContext, StepLosses
+from sae.tokennorm import TokenNorm, normalise_tokens, token_scale
+
+_BLOCK_ELEMENTS = 2**24
+"""Pre-activations that `encode_sparse` holds at a time: 64 MB in float32."""
 
 
 class SAEOutput(NamedTuple):
@@ -31,6 +35,16 @@ class SparseLatents(NamedTuple):
     latent: Int[Tensor, " n_active"]
     value: Float[Tensor, " n_active"]
 
+    def per_token(self, n_tokens: int) -> tuple[Int[Tensor, "n_tokens most"], Float[Tensor, "n_tokens most"]]:
+        """Indices and values of each token's active latents, as wide as the token with most; padded with −1 and 0."""
+        counts = torch.bincount(self.row, minlength=n_tokens)
+        width = int(counts.max()) if len(counts) else 0
+        slot = torch.arange(len(self.row), device=self.row.device) - (counts.cumsum(0) - counts)[self.row]
+        latents = self.latent.new_full((n_tokens, width), -1)
+        values = self.value.new_zeros(n_tokens, width)
+        latents[self.row, slot], values[self.row, slot] = self.latent, self.value
+        return latents, values
+
 
 class SAE(nn.Module, ABC):
     """Sparse autoencoder over activations of width `d_in` with `d_sae` latents.
@@ -46,6 +60,9 @@ class SAE(nn.Module, ABC):
 
     subtracts_b_dec: ClassVar[bool] = True
     """Whether the encoder reads x − b_dec (else x)."""
+    token_norm: TokenNorm = "none"
+    """How each token is normalised by its own mean or norm before the encoder, as some foreign dictionaries do it;
+    `encode` takes and `forward` returns raw activations."""
     unit_norm_decoder: bool = True
     """Whether training keeps the decoder rows at norm 1."""
     adam_betas: tuple[float, float] = (0.9, 0.999)
@@ -94,7 +111,7 @@ class SAE(nn.Module, ABC):
                 f"The last dimension of `x` must be d_in={self.d_in}, got shape {tuple(x.shape)}. "
                 "Pass activations from the hook that this SAE was trained on."
             )
-        x = x.to(self.W_enc.dtype)
+        x = normalise_tokens(x.to(self.W_enc.dtype), self.token_norm)
         return x - self.b_dec if self.subtracts_b_dec else x
 
     def pre_acts(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
@@ -110,14 +127,42 @@ class SAE(nn.Module, ABC):
         return self.activate(self.pre_acts(x))
 
     def encode_sparse(self, x: Float[Tensor, "batch d_in"]) -> SparseLatents:
-        """The nonzero entries of `encode(x)` in row-major order."""
+        """The nonzero entries of `encode(x)` in row-major order; no dense array is larger than a block of tokens."""
+        n_rows = max(1, _BLOCK_ELEMENTS // self.d_sae)
+        parts = [self._sparse_block(x[start : start + n_rows]) for start in range(0, max(1, len(x)), n_rows)]
+        rows = [part.row + i * n_rows for i, part in enumerate(parts)]
+        return SparseLatents(
+            torch.cat(rows), torch.cat([part.latent for part in parts]), torch.cat([part.value for part in parts])
+        )
+
+    def _sparse_block(self, x: Float[Tensor, "batch d_in"]) -> SparseLatents:
         latent_acts = self.encode(x)
         row, latent = latent_acts.nonzero(as_tuple=True)
         return SparseLatents(row, latent, latent_acts[row, latent])
 
-    def decode(self, latent_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_out"]:
-        """Reconstruction from latent activations."""
-        return latent_acts.to(self.W_dec.dtype) @ self.W_dec + self.b_dec
+    def decode(
+        self, latent_acts: Float[Tensor, "*batch d_sae"], x: Float[Tensor, "*batch d_in"] | None = None
+    ) -> Float[Tensor, "*batch d_out"]:
+        """Reconstruction from latent activations.
+
+        Args:
+            x: what was encoded; only an SAE with `token_norm` needs it, to undo the normalisation of each token.
+        Raises: ValueError if such an SAE gets no `x`.
+        """
+        x_hat = latent_acts.to(self.W_dec.dtype) @ self.W_dec + self.b_dec
+        if self.token_norm == "none":
+            return x_hat
+        if x is None:
+            raise ValueError(
+                f"This SAE normalises each token (`token_norm` is {self.token_norm!r}): its reconstruction depends on "
+                "the activations that were encoded. Pass them as `x`, or call the SAE itself."
+            )
+        scale = token_scale(x.to(self.W_dec.dtype), self.token_norm)
+        return x_hat * scale.multiplier + scale.shift
+
+    def output_scale(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch 1"] | float:
+        """What a change of latents times `W_dec` is multiplied by in the output; 1 without `token_norm`."""
+        return 1.0 if self.token_norm == "none" else token_scale(x.to(self.W_dec.dtype), self.token_norm).multiplier
 
     def bypass(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"] | float:
         """What of the output goes past the latents; 0 but for a skip connection."""
@@ -126,7 +171,7 @@ class SAE(nn.Module, ABC):
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> SAEOutput:
         """Reconstruction and latent activations of `x`."""
         latent_acts = self.encode(x)
-        return SAEOutput(self.decode(latent_acts) + self.bypass(x), latent_acts)
+        return SAEOutput(self.decode(latent_acts, x) + self.bypass(x), latent_acts)
 
     # ---- training -------------------------------------------------------------------------------------------------
 

@@ -257,11 +257,11 @@ class TranscoderConfig:
     d_sae: int
     """Number of latents."""
 
-    k: int
-    """Latents kept for each token (on average, for batchtopk)."""
+    k: int = 0
+    """Latents kept for each token (on average, for batchtopk); 0 for jumprelu."""
 
-    activation: Literal["topk", "batchtopk"] = "batchtopk"
-    """How the k latents are chosen."""
+    activation: Literal["topk", "batchtopk", "jumprelu"] = "batchtopk"
+    """How latents are chosen; jumprelu, a threshold for each of them (0: a plain ReLU), is loaded but not trained."""
 
     skip: bool = False
     """Add an affine map of the input to the output."""
@@ -269,9 +269,12 @@ class TranscoderConfig:
     architecture: Literal["transcoder"] = "transcoder"
 
     def __post_init__(self) -> None:
-        _require_k(self)
-        _require_count(self, "d_out")
-        _require_choice(self, "activation", "topk", "batchtopk")
+        _require_choice(self, "activation", "topk", "batchtopk", "jumprelu")
+        _require_count(self, "d_in", "d_out", "d_sae")
+        if self.activation != "jumprelu":
+            _require_k(self)
+        elif self.k:
+            raise ValueError(f"TranscoderConfig.k must be 0 for jumprelu, whose thresholds choose, got {self.k}.")
 
 
 @dataclass(frozen=True, kw_only=True)

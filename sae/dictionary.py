@@ -1,45 +1,51 @@
 """Dictionary: a trained SAE with what is known about it, in one folder that SAELens reads too.
 
-cfg.json, sae_weights.safetensors, sparsity.safetensors     the SAELens 6 layout (`sae.interop.saelens`)
-dictionary.json                                             ours and authoritative, see `Dictionary.save`
-features.parquet                                            one row per latent, optional
+`sae.folder` describes the folder and reads and writes it; `sae.interop` reads those of other tools.
 """
 
-import hashlib
-import json
+import builtins
 import os
-import shutil
-import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from jaxtyping import Float, Int
+from safetensors.torch import load_file
 from torch import Tensor
 
+from sae import folder as folders
+from sae import search as searching
 from sae.base import SAE, SparseLatents
-from sae.config import SAEConfig, config_from_dict
+from sae.config import SAEConfig
 from sae.crosscoder import Crosscoder
 from sae.edits import Edit, Exclude, Excluded
-from sae.interop.saelens import from_saelens, to_saelens
+from sae.interop.saelens import SPARSITY
+from sae.matching import Matching, match
+from sae.search import Found, Neighbour
+from sae.slicing import encode_latents, latent_index
 from sae.tapping import Tap, attach
 from sae.transcoder import Transcoder
 
-SCHEMA_VERSION = 1
-_CFG, _WEIGHTS, _SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.safetensors"
-_DICTIONARY, _FEATURES = "dictionary.json", "features.parquet"
+
+@runtime_checkable
+class Resolver(Protocol):
+    """Turns names that are no local folder, Hub ids and URLs, into local folders."""
+
+    def fetch(self, name: str, *, subfolder: str | None, revision: str | None, token: str | None) -> Path:
+        """The folder of one dictionary, fetched if need be. Raises: FileNotFoundError if there is none."""
+
+    def list(self, name: str, *, revision: str | None, token: str | None) -> list[str]:
+        """The subfolders that hold dictionaries, without fetching them."""
 
 
 class Dictionary:
     """A trained SAE, where it belongs in a language model, and its provenance, metrics and feature table.
 
-    `encode` and `decode` run without gradients; use `dictionary.sae` for differentiable calls.
+    `encode` and `decode` run without gradients; use `dictionary.sae` for differentiable calls. Results have the device
+    and dtype of the SAE's weights; inputs may have any float dtype.
 
     Args:
         hook_name: the module whose activations the SAE reads, such as "model.layers.8".
@@ -49,7 +55,7 @@ class Dictionary:
             and prepend_bos.
     """
 
-    _resolver: ClassVar[Callable[[str], Path] | None] = None
+    _resolver: ClassVar[Resolver | None] = None
 
     def __init__(
         self,
@@ -109,41 +115,108 @@ class Dictionary:
     @cached_property
     def features(self) -> Any:
         """The pyarrow Table of features.parquet, read on first use; None if the folder has none. Needs pyarrow."""
-        if self.path is None or not (self.path / _FEATURES).exists():
+        file = None if self.path is None else self.path / folders.FEATURES
+        if file is None or not file.exists():
             return None
         import pyarrow.parquet
 
-        return pyarrow.parquet.read_table(self.path / _FEATURES)
+        return pyarrow.parquet.read_table(file)
+
+    @cached_property
+    def features_frame(self) -> Any:
+        """`features` as a pandas DataFrame; None if the folder has none. Needs pandas."""
+        return None if self.features is None else self.features.to_pandas()
 
     @cached_property
     def log10_frequency(self) -> Float[Tensor, " d_sae"] | None:
         """log10 of the share of tokens on which each latent fires; None if it was not recorded."""
-        if self.path is None or not (self.path / _SPARSITY).exists():
+        if self.path is None or not (self.path / SPARSITY).exists():
             return None
-        tensors: dict[str, Tensor] = load_file(self.path / _SPARSITY)
+        tensors: dict[str, Tensor] = load_file(self.path / SPARSITY)
         return tensors["sparsity"]
 
     # ---- what it does ---------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
-        """Latent activations of `x`."""
-        return self.sae.encode(x)
+    def encode(
+        self, x: Float[Tensor, "*batch d_in"], latents: Sequence[int] | Int[Tensor, " n"] | slice | None = None
+    ) -> Float[Tensor, "*batch n_latents"]:
+        """Latent activations of `x`.
+
+        Args:
+            latents: only these, in this order; the others are not computed unless the rule is TopK, under which a
+                latent depends on all of them.
+        Raises: ValueError if `x` has another width, or a latent does not exist.
+        """
+        if latents is None:
+            return self.sae.encode(x)
+        return encode_latents(self.sae, x, latent_index(latents, self.d_sae))
 
     @torch.no_grad()
-    def encode_sparse(self, x: Float[Tensor, "batch d_in"]) -> SparseLatents:
-        """The nonzero latent activations of `x`, in row-major order."""
-        return self.sae.encode_sparse(x)
+    def encode_sparse(self, x: Float[Tensor, "*batch d_in"]) -> SparseLatents:
+        """The nonzero latent activations, in row-major order; rows are tokens, leading dimensions flattened.
+
+        Exactly the nonzeros of `encode`; `SparseLatents.per_token` gives the same as a padded table. Memory beyond the
+        result does not grow with the number of tokens.
+        """
+        W_enc = self.sae.W_enc
+        if W_enc.is_contiguous() and not W_enc.t().is_contiguous():
+            W_enc.data = W_enc.data.t().contiguous().t()  # latent by latent, as the sparse kernels read it; once
+        return self.sae.encode_sparse(x.reshape(-1, x.shape[-1]))
 
     @torch.no_grad()
-    def decode(self, latent_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_in"]:
-        """Reconstruction from latent activations."""
-        return self.sae.decode(latent_acts)
+    def decode(
+        self, latent_acts: Float[Tensor, "*batch d_sae"], x: Float[Tensor, "*batch d_in"] | None = None
+    ) -> Float[Tensor, "*batch d_out"]:
+        """Reconstruction from latent activations; see `SAE.decode` for `x`, which few dictionaries need."""
+        return self.sae.decode(latent_acts, x)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Dictionary":
         """Move the SAE, in place, and return self."""
         self.sae.to(device=device, dtype=dtype)
         return self
+
+    # ---- finding latents ------------------------------------------------------------------------------------------
+
+    def nearest(self, direction: Float[Tensor, " d_out"], n: int = 10) -> builtins.list[Neighbour]:
+        """The n latents whose decoder directions have the largest cosine with `direction`; see `sae.search`."""
+        return searching.nearest(self.W_dec, direction, n)
+
+    def similar(self, latent: int, n: int = 10) -> builtins.list[Neighbour]:
+        """The n other latents whose decoder directions are closest to that of `latent`."""
+        (index,) = latent_index([latent], self.d_sae).tolist()
+        found = searching.nearest(self.W_dec, self.W_dec[index], n + 1)
+        return [neighbour for neighbour in found if neighbour.latent != index][:n]
+
+    def search(self, query: str, n: int = 10) -> builtins.list[Found]:
+        """The n latents whose labels hold most of the query's words; see `sae.search`.
+
+        Raises: ValueError if the dictionary has no feature table, or one without labels.
+        """
+        if self.features is None:
+            raise ValueError(
+                f"Only a labelled dictionary can be searched, but there is no {folders.FEATURES} in {self.path}. "
+                "Label it first: `sae label`."
+            )
+        return searching.search(self.features, query, n)
+
+    def match(
+        self,
+        other: "Dictionary",
+        activations: Iterable[Float[Tensor, "_ d_in"]] | None = None,
+        *,
+        by: Literal["cosine", "correlation"] = "cosine",
+    ) -> Matching:
+        """Match latents one to one with those of another dictionary of the same hook; see `sae.matching`.
+
+        Args:
+            activations: batches of tokens; with them the correlation of each pair's activations is reported too.
+            by: what the matching maximises the sum of.
+        Raises: ValueError if the two write to spaces of other widths. Needs scipy.
+        """
+        return match(self, other, activations, by)
+
+    # ---- in a model ---------------------------------------------------------------------------------------------
 
     @property
     def sinks(self) -> Exclude:
@@ -192,49 +265,70 @@ class Dictionary:
     # ---- folders --------------------------------------------------------------------------------------------------
 
     @classmethod
-    def register_resolver(cls, resolver: Callable[[str], Path] | None) -> None:
-        """Set what turns a name that is no local folder (a Hub id, a URL) into one; None removes it."""
+    def register_resolver(cls, resolver: Resolver | None) -> None:
+        """Set what finds names that are no local folder (a Hub id, a URL); None removes it."""
         cls._resolver = resolver
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu", verify: bool = True
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        hook_name: str | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        verify: bool = False,
     ) -> "Dictionary":
-        """The dictionary in a folder that `save` or SAELens wrote.
+        """The dictionary in a folder, of ours or of another tool (`sae.interop`), which its contents tell.
 
         Args:
-            path: a folder, or a name that the registered resolver knows.
+            path: a folder, a file of a format that is a single file, or a name that the registered resolver knows; with
+                `pipelines.hub` imported: a Hugging Face repository ("org/name", "org/name/sub/folder"), the URL of an
+                object store, or SAELens's "release/sae_id".
+            subfolder: the dictionary's folder inside `path`.
+            revision, token: for the resolver.
+            hook_name: in place of what the folder records, which need not be how the model at hand names it.
+            dtype: of the weights; thresholds stay in float32.
             verify: compare the weights with the hash in dictionary.json. cfg.json is always compared.
         Raises:
-            FileNotFoundError: if the folder, its cfg.json or its weights do not exist.
-            ValueError: if the folder is damaged or of an unknown kind, naming the file and the key or tensor.
+            FileNotFoundError: if there is no such dictionary, or a needed file of it does not exist.
+            ValueError: if it is damaged, of several formats, or not one that can be computed here, naming the file and
+                the key or tensor.
         """
-        folder = cls._folder(path)
-        cfg_bytes = _read(folder / _CFG)
-        record = _read_json(folder / _DICTIONARY) if (folder / _DICTIONARY).exists() else None
-        config = None
-        if record is not None:
-            config = _check_record(folder, record, cfg_bytes, verify)
-        cfg = _parse_json(folder / _CFG, cfg_bytes)
-        tensors = _load_weights(folder / _WEIGHTS)
-        try:
-            sae = from_saelens(cfg, tensors, config)
-        except ValueError as error:
-            raise ValueError(
-                f"The dictionary in {folder} cannot be loaded ({_CFG}, {_WEIGHTS}): {error} "
-                "Restore the folder from its source."
-            ) from error
-        metadata = cfg.get("metadata") or {}
-        record = record or {}
+        place = cls._place(path, subfolder, revision, token)
+        contents = folders.read(place, verify=verify)
+        hooks = (hook_name, *contents.hook_names[1:]) if hook_name else contents.hook_names
+        sae = contents.sae.requires_grad_(False)
+        if dtype != torch.float32 or torch.device(device).type != "cpu":
+            sae.to(device=device, dtype=dtype)
         return cls(
-            sae.to(device).requires_grad_(False),
-            hook_name=record.get("hook_name") or metadata.get("hf_hook_name") or metadata.get("hook_name"),
-            hook_names=record.get("hook_names"),
-            metadata=metadata,
-            provenance=record.get("provenance"),
-            metrics=record.get("metrics"),
-            path=folder,
+            sae,
+            hook_names=hooks,
+            metadata=contents.metadata,
+            provenance=contents.provenance,
+            metrics=contents.metrics,
+            path=place if place.is_dir() else None,
         )
+
+    @classmethod
+    def list(
+        cls, path: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None
+    ) -> builtins.list[str]:
+        """The dictionaries at and below a folder, or in a repository, as values of `subfolder`; "." is that place.
+
+        Raises: FileNotFoundError if there is no such place.
+        """
+        place = Path(path)
+        if place.is_dir():
+            return folders.list_dictionaries(place)
+        if cls._resolver is None:
+            raise FileNotFoundError(
+                f"{path} is not a folder. Check the path, or import `pipelines.hub` for repositories."
+            )
+        return cls._resolver.list(str(path), revision=revision, token=token)
 
     def save(
         self,
@@ -246,10 +340,7 @@ class Dictionary:
         features: Any = None,
         overwrite: bool = False,
     ) -> Path:
-        """Write the folder; it appears whole or not at all.
-
-        dictionary.json holds `schema_version`, `config` (the trained architecture and its k), `hook_name`,
-        `provenance`, `metrics`, and `sha256` of cfg.json and of the weights.
+        """Write the folder (`sae.folder`); it appears whole or not at all.
 
         Args:
             provenance, metrics: JSON values; by default those that this dictionary already has.
@@ -260,144 +351,32 @@ class Dictionary:
             FileExistsError: if the folder exists and `overwrite` is off.
         """
         target = Path(path)
-        if target.exists() and not overwrite:
-            raise FileExistsError(
-                f"{target} exists already. Choose another folder or pass overwrite=True to replace it."
-            )
-        provenance = self.provenance if provenance is None else dict(provenance)
-        metrics = self.metrics if metrics is None else dict(metrics)
-        metadata = self.metadata | ({"hook_name": self.hook_name} if self.hook_name else {})
-        if len(self.hook_names) > 1:
-            metadata |= {"hook_name_out": self.output_hooks[0], "hook_names": list(self.hook_names)}
-        cfg, tensors = to_saelens(self.sae, metadata)
-        cfg_bytes = _json_bytes(cfg)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-        staging.mkdir()
-        try:
-            (staging / _CFG).write_bytes(cfg_bytes)
-            save_file(tensors, staging / _WEIGHTS)
-            if sparsity is not None:
-                save_file({"sparsity": (sparsity.double() + 1e-10).log10().float()}, staging / _SPARSITY)
-            if features is not None:
-                import pyarrow.parquet
-
-                pyarrow.parquet.write_table(features, staging / _FEATURES)
-            record = {
-                "schema_version": SCHEMA_VERSION,
-                "config": asdict(self.config),
-                "hook_name": self.hook_name,
-                "hook_names": list(self.hook_names),
-                "provenance": provenance,
-                "metrics": metrics,
-                "sha256": {_CFG: hashlib.sha256(cfg_bytes).hexdigest(), _WEIGHTS: _sha256(staging / _WEIGHTS)},
-            }
-            (staging / _DICTIONARY).write_bytes(_json_bytes(record))
-            _publish(staging, target)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+        folders.write(
+            target,
+            self.sae,
+            hook_names=self.hook_names,
+            output_hooks=self.output_hooks,
+            metadata=self.metadata,
+            provenance=self.provenance if provenance is None else provenance,
+            metrics=self.metrics if metrics is None else metrics,
+            sparsity=sparsity,
+            features=features,
+            overwrite=overwrite,
+        )
         return target
 
     @classmethod
-    def _folder(cls, path: str | os.PathLike[str]) -> Path:
-        folder = Path(path)
-        if not folder.is_dir() and cls._resolver is not None:
-            folder = cls._resolver(str(path))
-        if not folder.is_dir():
-            raise FileNotFoundError(f"A dictionary is a folder, but {path} is not one. Check the path.")
-        return folder
-
-
-def _check_record(folder: Path, record: Mapping[str, Any], cfg_bytes: bytes, verify: bool) -> SAEConfig:
-    """The trained configuration in dictionary.json, once its schema and hashes are known to hold."""
-    file = folder / _DICTIONARY
-    version = record.get("schema_version")
-    if version != SCHEMA_VERSION:
-        raise ValueError(
-            f"`schema_version` in {file} must be {SCHEMA_VERSION}, got {version!r}. "
-            "Load it with the version that wrote it."
-        )
-    hashes = record.get("sha256")
-    if not isinstance(hashes, Mapping) or not {_CFG, _WEIGHTS} <= hashes.keys() or "config" not in record:
-        raise ValueError(
-            f"{file} must hold `config` and `sha256` of {_CFG} and {_WEIGHTS}. Restore it from its source."
-        )
-    if hashlib.sha256(cfg_bytes).hexdigest() != hashes[_CFG]:
-        raise ValueError(
-            f"{folder / _CFG} is not the file that {_DICTIONARY} records (sha256 differs). "
-            f"{_DICTIONARY} is authoritative: restore {_CFG}, or save the dictionary again."
-        )
-    if verify and (folder / _WEIGHTS).exists() and _sha256(folder / _WEIGHTS) != hashes[_WEIGHTS]:
-        raise ValueError(
-            f"{folder / _WEIGHTS} is not the file that {_DICTIONARY} records (sha256 differs). "
-            "Restore it from its source."
-        )
-    try:
-        return config_from_dict(record["config"])
-    except ValueError as error:
-        raise ValueError(f"`config` in {file} cannot be read: {error}") from error
-
-
-def _publish(staging: Path, target: Path) -> None:
-    """Make the staged folder durable and put it in place of whatever is there."""
-    for file in (*staging.iterdir(), staging):
-        _fsync(file)
-    if target.exists():
-        replaced = staging.with_suffix(".old")
-        target.rename(replaced)
-        staging.rename(target)
-        shutil.rmtree(replaced)
-    else:
-        staging.rename(target)
-    _fsync(target.parent)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _read(file: Path) -> bytes:
-    if not file.exists():
-        raise FileNotFoundError(
-            f"A dictionary folder holds {_CFG} and {_WEIGHTS}, but {file} is missing. Check the path."
-        )
-    return file.read_bytes()
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    return _parse_json(file, _read(file))
-
-
-def _parse_json(file: Path, content: bytes) -> dict[str, Any]:
-    try:
-        parsed = json.loads(content)
-    except ValueError as error:
-        raise ValueError(f"{file} must hold JSON: {error}. Restore it from its source.") from error
-    if not isinstance(parsed, dict):
-        raise ValueError(f"{file} must hold a JSON object, got {type(parsed).__name__}. Restore it from its source.")
-    return parsed
-
-
-def _load_weights(file: Path) -> dict[str, Tensor]:
-    if not file.exists():
-        raise FileNotFoundError(
-            f"A dictionary folder holds {_CFG} and {_WEIGHTS}, but {file} is missing. Check the path."
-        )
-    try:
-        tensors: dict[str, Tensor] = load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file} must be a safetensors file: {error}. Restore it from its source.") from error
-    return {name: tensor.float() for name, tensor in tensors.items()}
-
-
-def _json_bytes(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    def _place(
+        cls, path: str | os.PathLike[str], subfolder: str | None, revision: str | None, token: str | None
+    ) -> Path:
+        place = Path(path)
+        if subfolder is not None and (Path(subfolder).is_absolute() or ".." in Path(subfolder).parts):
+            raise ValueError(
+                f"`subfolder` must lie inside {path}, got {subfolder!r}. Pass the path of the folder itself."
+            )
+        if not place.exists() and cls._resolver is not None:
+            return cls._resolver.fetch(str(path), subfolder=subfolder, revision=revision, token=token)
+        place = place if subfolder is None else place / subfolder
+        if not place.is_dir() and not place.is_file():
+            raise FileNotFoundError(f"A dictionary is a folder, but {place} is not one. Check the path.")
+        return place

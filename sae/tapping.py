@@ -250,7 +250,7 @@ class _Attachment:
         elif self._edits:
             latents = self._sae.encode(x)
             one.latents = latents.detach()
-            new = y + self._delta(latents, one.tokens).to(y.dtype)
+            new = y + self._delta(latents, x, one.tokens).to(y.dtype)
         else:
             return None
         if one.excluded is not None:
@@ -266,12 +266,12 @@ class _Attachment:
             one.latents = latents
         else:
             one.latents = latents.detach()
-        new = self._sae.decode(latents)
+        new = self._sae.decode(latents, x)
         bypass = self._sae.bypass(x)
         if isinstance(bypass, Tensor):
             new = new + bypass
         if self._edits:
-            new = new + self._delta(latents, one.tokens)
+            new = new + self._delta(latents, x, one.tokens)
         return new.to(x.dtype)
 
     def _with_nodes(
@@ -280,21 +280,24 @@ class _Attachment:
         """y, plus what the latents and the error depart from their own values: nothing, but with gradients."""
         with torch.no_grad():
             values = self._sae.encode(x)
-            left_out = y - (self._sae.decode(values) + self._sae.bypass(x)).to(y.dtype)
+            left_out = y - (self._sae.decode(values, x) + self._sae.bypass(x)).to(y.dtype)
         latents, error = values.clone().requires_grad_(), left_out.clone().requires_grad_()
         one.latents, self.tap._error = latents, error
         new = latents
         if self._edits:
             touched, _, after = edited(self._edits, latents, one.tokens)
             new = after if touched is None else latents.index_copy(-1, _index(touched, latents), after)
-        delta = (new - values) @ self._sae.W_dec
+        delta = (new - values) @ self._sae.W_dec * self._sae.output_scale(x)
         return y + delta.to(y.dtype) + (error - left_out)
 
-    def _delta(self, latents: Float[Tensor, "batch seq d_sae"], tokens: Tokens) -> Float[Tensor, "batch seq d_out"]:
+    def _delta(
+        self, latents: Float[Tensor, "batch seq d_sae"], x: Float[Tensor, "batch seq d_in"], tokens: Tokens
+    ) -> Float[Tensor, "batch seq d_out"]:
         """What the edits add to the reconstruction; exactly 0 where they change nothing."""
         touched, before, after = edited(self._edits, latents, tokens)
         W_dec = self._sae.W_dec
-        return (after - before) @ (W_dec if touched is None else W_dec[_index(touched, W_dec)])
+        change: Tensor = (after - before) @ (W_dec if touched is None else W_dec[_index(touched, W_dec)])
+        return change * self._sae.output_scale(x)
 
 
 def _index(numbers: Sequence[int], like: Tensor) -> Int[Tensor, " n"]:

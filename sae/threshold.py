@@ -61,8 +61,8 @@ class ThresholdSAE(SAE):
     def scale_latents(self, factor: float) -> None:
         """See `SAE.scale_latents`."""
         super().scale_latents(factor)
-        if self.has_threshold:
-            self.threshold.mul_(factor)
+        if isinstance(threshold := getattr(self, "threshold", None), Tensor):
+            threshold.mul_(factor)
 
     @torch.no_grad()
     def follow_threshold(self, smallest_kept: float, step: int) -> None:

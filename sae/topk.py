@@ -36,8 +36,7 @@ class TopKSAE(SAE):
         """The k largest pre-activations of each token where positive, zero elsewhere; at most k nonzero per token."""
         return keep_topk(pre_acts, self.config.k)
 
-    def encode_sparse(self, x: Float[Tensor, "batch d_in"]) -> SparseLatents:
-        """The nonzero entries of `encode(x)` in row-major order, without the dense array."""
+    def _sparse_block(self, x: Float[Tensor, "batch d_in"]) -> SparseLatents:
         values, latents = self.pre_acts(x).topk(self.config.k, dim=-1, sorted=False)
         latents, order = latents.sort(dim=-1)
         values = values.gather(-1, order)

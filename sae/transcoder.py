@@ -18,7 +18,7 @@ class Transcoder(ThresholdSAE):
     """Sparse map from activations x of width d_in to activations y of width d_out.
 
         pre_acts    = x @ W_enc + b_enc
-        latent_acts = k of them a token, by the TopK or the BatchTopK rule
+        latent_acts = k of them a token, by the TopK or the BatchTopK rule, or those above thresholds of their own
         y_hat       = latent_acts @ W_dec + b_dec  (+ x @ W_skip.T)
         loss        = ‖y − y_hat‖² / variance(y) + auxk_alpha * AuxK
 
@@ -36,6 +36,8 @@ class Transcoder(ThresholdSAE):
         super().__init__(config)
         if config.activation == "batchtopk":
             self._add_threshold()
+        elif config.activation == "jumprelu":
+            self.threshold = nn.Parameter(torch.zeros(config.d_sae))
         if config.skip:
             self.W_skip = nn.Parameter(torch.zeros(config.d_out, config.d_in))
 
@@ -58,7 +60,7 @@ class Transcoder(ThresholdSAE):
 
     def activate(self, pre_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
         """By the configured rule."""
-        return super().activate(pre_acts) if self.has_threshold else keep_topk(pre_acts, self.config.k)
+        return keep_topk(pre_acts, self.config.k) if self.config.activation == "topk" else super().activate(pre_acts)
 
     def bypass(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"] | float:
         """The skip connection's part of the output."""
@@ -91,7 +93,15 @@ class Transcoder(ThresholdSAE):
     def objective(
         self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"], context: StepContext
     ) -> StepLosses:
-        """Prediction of the target from the selected latents, and AuxK."""
+        """Prediction of the target from the selected latents, and AuxK.
+
+        Raises: ValueError for a jumprelu transcoder.
+        """
+        if self.config.activation == "jumprelu":
+            raise ValueError(
+                "A transcoder with a threshold for each latent can be loaded, but not trained. Train one with "
+                "activation 'batchtopk' or 'topk'."
+            )
         encoder = training_encoder(self, x)
         if not self.has_threshold:
             return sparse_losses(self, x, target, encoder, select_topk(encoder, self.config.k, context), context)

@@ -181,10 +181,13 @@ def test_rescaling_by_decoder_norm_is_folded(tmp_path: Path) -> None:
     ("change", "message"),
     [
         (lambda cfg, t: cfg.update(architecture="temporal"), r"`architecture` must be one of topk, .*got 'temporal'"),
-        (lambda cfg, t: cfg.update(normalize_activations="layer_norm"), r"`normalize_activations` must be 'none'"),
+        (
+            lambda cfg, t: cfg.update(normalize_activations="covariance_whitening"),
+            r"`normalize_activations` must be one",
+        ),
         (lambda cfg, t: cfg.pop("k"), "keys k are missing"),
         (lambda cfg, t: t.pop("b_enc"), "tensor `b_enc` is missing"),
-        (lambda cfg, t: t.update(extra=torch.zeros(1)), "tensor `extra` is not part of a topk"),
+        (lambda cfg, t: t.update(extra=torch.zeros(1)), "tensor `extra` is not part of this kind"),
         (lambda cfg, t: t.update(W_enc=torch.zeros(24, 6)), r"`W_enc` must have shape \(6, 24\), got \(24, 6\)"),
         (lambda cfg, t: t["b_dec"].fill_(float("nan")), "tensor `b_dec` holds NaN or infinity"),
     ],
@@ -216,22 +219,22 @@ def test_load_refuses_an_edited_cfg(tmp_path: Path) -> None:
         Dictionary.load(path)
 
 
-def test_load_refuses_weights_with_a_flipped_bit_unless_told_not_to_look(tmp_path: Path) -> None:
+def test_load_refuses_weights_with_a_flipped_bit_when_told_to_look(tmp_path: Path) -> None:
     path = saved(tmp_path)
     weights = bytearray((path / "sae_weights.safetensors").read_bytes())
     weights[len(weights) // 2] ^= 1
     (path / "sae_weights.safetensors").write_bytes(weights)
     with pytest.raises(ValueError, match=r"sae_weights\.safetensors is not the file that dictionary\.json records"):
-        Dictionary.load(path)
-    Dictionary.load(path, verify=False)
+        Dictionary.load(path, verify=True)
+    Dictionary.load(path)
 
 
 def test_load_refuses_a_truncated_weights_file(tmp_path: Path) -> None:
     path = saved(tmp_path)
     weights = (path / "sae_weights.safetensors").read_bytes()
     (path / "sae_weights.safetensors").write_bytes(weights[:-7])
-    with pytest.raises(ValueError, match="must be a safetensors file"):
-        Dictionary.load(path, verify=False)
+    with pytest.raises(ValueError, match=r"sae_weights\.safetensors: tensor `threshold` .*its place in the file is"):
+        Dictionary.load(path)
 
 
 @pytest.mark.parametrize("name", ["cfg.json", "sae_weights.safetensors"])
@@ -269,7 +272,7 @@ def test_load_refuses_a_batchtopk_with_several_thresholds(tmp_path: Path) -> Non
     tensors["threshold"][3] += 1
     save_file(tensors, path / "sae_weights.safetensors")
     with pytest.raises(ValueError, match="`threshold` of a batchtopk must hold one value"):
-        Dictionary.load(path, verify=False)
+        Dictionary.load(path)
 
 
 # ---- folders, features, hooks --------------------------------------------------------------------------------------
@@ -309,11 +312,25 @@ def test_load_asks_the_resolver_for_what_is_no_folder(tmp_path: Path) -> None:
     path = saved(tmp_path)
     with pytest.raises(FileNotFoundError, match="A dictionary is a folder, but user/repo is not one"):
         Dictionary.load("user/repo")
-    Dictionary.register_resolver(lambda name: path if name == "user/repo" else tmp_path / "nothing")
+    asked = []
+
+    class Here:
+        def fetch(self, name: str, *, subfolder: str | None, revision: str | None, token: str | None) -> Path:
+            asked.append((name, subfolder, revision, token))
+            return path
+
+        def list(self, name: str, *, revision: str | None, token: str | None) -> list[str]:
+            return ["main"]
+
+    Dictionary.register_resolver(Here())
     try:
-        assert Dictionary.load("user/repo").config == CONFIGS[1]
-        with pytest.raises(FileNotFoundError, match="A dictionary is a folder"):
-            Dictionary.load("user/other")
+        loaded = Dictionary.load("user/repo", subfolder="main", revision="v1", token="secret")
+        assert loaded.config == CONFIGS[1]
+        assert asked == [("user/repo", "main", "v1", "secret")]
+        assert Dictionary.list("user/repo") == ["main"]
+        assert "secret" not in repr(vars(loaded))
+        assert Dictionary.load(path.parent, subfolder="main").config == CONFIGS[1]
+        assert len(asked) == 1, "a folder needs no resolver"
     finally:
         Dictionary.register_resolver(None)
 
