@@ -102,8 +102,36 @@ _stage_command("collect", "Text to activations: fill the activation store.")
 _stage_command("train", "Activations to a dictionary: train the sparse autoencoders.")
 _stage_command("evaluate", "How faithful the dictionary is on held-out documents.")
 _stage_command("label", "Contexts, a label and a held-out test for every latent.")
-_stage_command("export", "Write the dictionary folder that users load.")
 _stage_command("audit", "Which latents carry the configured concepts, and how sure we are.")
+
+
+@app.command()
+@told_plainly
+def export(
+    config: ConfigArgument,
+    out: OutOption = None,
+    set_: SetOption = None,
+    as_json: JsonOption = False,
+    checkpoint: Annotated[
+        int | None, typer.Option(help="Step of a checkpoint to write as a dictionary, instead of the finished one.")
+    ] = None,
+    sae: Annotated[str | None, typer.Option(help="Whose checkpoint; needed if the run has several SAEs.")] = None,
+    to: Annotated[Path | None, typer.Option(help="Folder for it; by default dictionaries/SAE@STEP.")] = None,
+) -> None:
+    """Write the dictionary folder that users load."""
+    if checkpoint is None:
+        if sae is not None or to is not None:
+            raise UsageError("--sae and --to go with --checkpoint: add it, or drop them")
+        _execute(config, out, set_, as_json, ("export",))
+        return
+    _quiet_libraries()
+    from pipelines.checkpoints import export_checkpoint
+
+    opened = _open(config, out, set_ or [])
+    if sae is None and len(opened.config.saes) > 1:
+        raise UsageError(f"the run has several SAEs: choose one with --sae, from {', '.join(opened.config.saes)}")
+    folder = export_checkpoint(opened.config, opened.dir, sae or next(iter(opened.config.saes)), checkpoint, to)
+    print(json.dumps({"dictionary": str(folder)}) if as_json else f"wrote {folder}")
 
 
 def _execute(

@@ -314,6 +314,13 @@ class TrainConfig(Section):
     """Most other tokens of its own context that a token may meet in a batch, on average; more is refused."""
     select: SelectConfig | None = None
     """Train on these tokens only."""
+    init_from: str | dict[str, str] | None = None
+    """Dictionary folder to start from, of the same architecture and shape; or one for each SAE, by name."""
+    evaluate_every: int | None = Field(None, ge=0)
+    """Steps between held-out figures in metrics.jsonl, 0 for none. By default 100; none with `collect.mode: stream`,
+    which writes held-out contexts last."""
+    evaluate_ce_tokens: int = Field(0, ge=0)
+    """Held-out tokens for CE and KL scores beside them: above 0, the first worker loads the language model."""
 
 
 class SinkConfig(Section):

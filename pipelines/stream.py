@@ -196,6 +196,11 @@ def stream_problems(config: RunConfig) -> list[str]:
     problems = []
     if isinstance(config.collect.store, str) and "://" in config.collect.store:
         problems.append("collect.mode: stream needs a local collect.store: a ring on an object store is not supported")
+    if config.train.evaluate_every:
+        problems.append(
+            "collect.mode: stream writes held-out contexts last, so it has no held-out figures while it trains: drop "
+            "train.evaluate_every, or use mode: store"
+        )
     most = int(config.collect.n_tokens * (1 - config.collect.heldout_fraction) * USABLE_SHARE)
     if config.train.n_tokens > most:
         problems.append(

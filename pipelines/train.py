@@ -24,7 +24,13 @@ from pipelines.selection import Selection, selected
 from pipelines.stores import absolute
 from pipelines.training.job import MemberJob, TrainJob
 from pipelines.training.metrics import METRICS_FILE, last_line
+from pipelines.training.warm_start import absolute_if_here, identity_of, start_from
+from sae import Dictionary, Normaliser
+from sae.architectures import empty
 from storage import ActivationStore
+
+EVALUATE_EVERY = 100
+"""Default of `train.evaluate_every`: held-out figures then cost about 1 % of training."""
 
 
 def train(config: RunConfig, run: RunDir, ui: Reporter) -> dict[str, dict[str, Any]]:
@@ -68,7 +74,20 @@ def make_job(config: RunConfig, run: RunDir, names: str | Sequence[str], store: 
         seed=config.seed,
         n_threads=_threads_per_worker(config.train, config.ray),
         selection=config.selection("train"),
+        evaluate_every=_evaluate_every(config),
+        model=config.model if config.train.evaluate_ce_tokens else None,
     )
+
+
+def _evaluate_every(config: RunConfig) -> int:
+    assert config.train is not None
+    by_default = 0 if config.collect.mode == "stream" else EVALUATE_EVERY
+    return by_default if config.train.evaluate_every is None else config.train.evaluate_every
+
+
+def init_from(train: TrainConfig, name: str) -> str | None:
+    """The dictionary that an SAE starts from."""
+    return train.init_from.get(name) if isinstance(train.init_from, dict) else train.init_from
 
 
 def _member_job(config: RunConfig, run: RunDir, name: str, store: ActivationStore) -> MemberJob:
@@ -76,6 +95,10 @@ def _member_job(config: RunConfig, run: RunDir, name: str, store: ActivationStor
     provenance = dictionary_provenance(config, store, config.hook_of(name))
     if spec.seed is not None:
         provenance |= {"seed_of_weights": spec.seed}
+    assert config.train is not None
+    source = init_from(config.train, name)
+    if source is not None:
+        provenance |= {"init_from": identity_of(load_start(source), source)}
     return MemberJob(
         name=name,
         hooks=config.hooks_of(name),
@@ -84,6 +107,7 @@ def _member_job(config: RunConfig, run: RunDir, name: str, store: ActivationStor
         checkpoints=str(run.checkpoints(name).resolve()),
         output=str(run.trained(name).resolve()),
         provenance=provenance,
+        init_from=None if source is None else absolute_if_here(source),
     )
 
 
@@ -109,6 +133,7 @@ def check_settings(config: RunConfig, widths: Mapping[str, int]) -> None:
         for problem in _problems(config.train, spec, [widths[hook] for hook in config.hooks_of(name)], name)
     ]
     problems += _mixing_problems(config.train, config.collect)
+    problems += _start_problems(config, widths)
     if config.collect.mode == "stream":
         from pipelines.stream import stream_problems
 
@@ -141,6 +166,39 @@ def _problems(train: TrainConfig, spec: SAESpec, widths: Sequence[int], name: st
         problems.append(
             f"train.streams ({train.streams}) must be a multiple of train.num_workers ({train.num_workers})"
         )
+    return problems
+
+
+def load_start(source: str) -> Dictionary:
+    """The dictionary that `train.init_from` names.
+
+    Raises:
+        UsageError: it cannot be loaded.
+    """
+    try:
+        return Dictionary.load(source)
+    except (ValueError, FileNotFoundError) as error:
+        raise UsageError(f"train.init_from: {error}") from error
+
+
+def _start_problems(config: RunConfig, widths: Mapping[str, int]) -> list[str]:
+    """Dictionaries that an SAE cannot start from."""
+    assert config.train is not None
+    given = config.train.init_from
+    unknown = sorted(given.keys() - config.saes.keys()) if isinstance(given, dict) else []
+    problems = [f"train.init_from names {name!r}, which is not under `saes:`" for name in unknown]
+    for name, spec in config.saes.items():
+        if (source := init_from(config.train, name)) is None:
+            continue
+        d_ins = [widths[hook] for hook in config.hooks_of(name)]
+        try:
+            sae = empty(sae_config(spec, d_ins))
+        except ValueError:
+            continue  # reported already
+        try:
+            start_from(sae, load_start(source), [Normaliser.none(width) for width in sae.batch_widths])
+        except ValueError as error:
+            problems.append(f"train.init_from for saes.{name} ({source}): {error}".replace("train.init_from: ", ""))
     return problems
 
 

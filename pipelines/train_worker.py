@@ -11,10 +11,12 @@ import torch
 
 from pipelines.training.batches import Batches, of_member
 from pipelines.training.calibration import starting_sample
+from pipelines.training.heldout import HELDOUT_TOKENS, Heldout, Splicing
 from pipelines.training.interruption import Interrupted
 from pipelines.training.job import TrainJob
 from pipelines.training.member import Member
 from pipelines.training.metrics import METRICS_FILE, last_line
+from sae import Trainer
 from sae.parallel import Group
 from sae.trainer import DivergedError
 from storage import ActivationStore
@@ -44,7 +46,11 @@ def train_worker(
         hooks: starting_sample(store, hooks, job.sinks, job.selection)
         for hooks in dict.fromkeys(member.hooks for member in job.members)
     }
-    members = [Member(own, job, store, samples[own.hooks], rank=rank, device=device) for own in job.members]
+    evaluate = _evaluations(job, store) if rank == 0 else {}
+    members = [
+        Member(own, job, store, samples[own.hooks], evaluate=evaluate.get(own.hooks), rank=rank, device=device)
+        for own in job.members
+    ]
     del samples
     try:
         start = min(member.step for member in members)
@@ -95,6 +101,21 @@ def _train(job: TrainJob, members: list[Member], batches: Batches, start: int, i
         f"Training needs {job.n_steps} batches, but they ended after step {min(member.step for member in members)}. "
         "Collect more tokens, or lower train.n_tokens."
     )
+
+
+def _evaluations(job: TrainJob, store: ActivationStore) -> dict[tuple[str, ...], Callable[[Trainer], dict[str, Any]]]:
+    """Held-out figures of an SAE in training, by the hooks that it reads."""
+    if not job.evaluate_every:
+        return {}
+    splicing = None
+    if job.model is not None:
+        splicing = Splicing(store, job.model, job.sinks, job.selection, job.config.evaluate_ce_tokens)
+
+    def of(hooks: tuple[str, ...]) -> Callable[[Trainer], dict[str, Any]]:
+        sample = Heldout(store, hooks, job.sinks, job.selection, HELDOUT_TOKENS)
+        return lambda trainer: sample.figures(trainer) | (splicing.figures(trainer, hooks) if splicing else {})
+
+    return {hooks: of(hooks) for hooks in dict.fromkeys(member.hooks for member in job.members)}
 
 
 def _saved(members: list[Member]) -> str:

@@ -23,6 +23,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
+from sae.architectures import empty
+from sae.base import SAE
+from sae.config import config_from_dict
+from sae.normalise import Normaliser
+
 SCHEMA_VERSION = 1
 _TENSORS, _STATE = "tensors.safetensors", "state.json"
 _KEPT = 2
@@ -58,14 +63,14 @@ def save_checkpoint(directory: str | os.PathLike[str], step: int, state: Mapping
         shutil.rmtree(target)
     staging.rename(target)
     _fsync(root)
-    for outdated in _checkpoints(root)[:-_KEPT]:
+    for outdated in checkpoints(root)[:-_KEPT]:
         shutil.rmtree(outdated)
     return target
 
 
 def latest_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
     """The newest checkpoint that is whole, None if there is none. Warns about each damaged one that it passes over."""
-    for folder in reversed(_checkpoints(Path(directory))):
+    for folder in reversed(checkpoints(directory)):
         try:
             load_checkpoint(folder)
         except (ValueError, FileNotFoundError) as error:
@@ -108,7 +113,20 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     return {**record["values"], **tensors}
 
 
-def _checkpoints(root: Path) -> list[Path]:
+def exported_sae(state: Mapping[str, Any]) -> SAE:
+    """The SAE of raw activations in a saved `Trainer.state_dict()`, on the CPU: what `Trainer.export` gives."""
+    sae = empty(config_from_dict(state["sae_config"]))
+    sae.load_state_dict({name: state[f"sae.{name}"] for name in sae.state_dict()})
+    scales = state["normaliser_scales"]
+    normalisers = [Normaliser(state[f"normaliser_shift.{i}"], torch.tensor(scale)) for i, scale in enumerate(scales)]
+    if not all(normaliser.is_identity for normaliser in normalisers):
+        sae.fold(normalisers)
+    return sae
+
+
+def checkpoints(directory: str | os.PathLike[str]) -> list[Path]:
+    """The checkpoint folders in a directory, oldest first; whether they are whole is not looked at."""
+    root = Path(directory)
     if not root.is_dir():
         return []
     return sorted(folder for folder in root.iterdir() if re.fullmatch(r"step-\d{8,}", folder.name))

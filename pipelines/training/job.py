@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipelines.config import SAESpec, SinkConfig, TrainConfig
+from pipelines.config import ModelConfig, SAESpec, SinkConfig, TrainConfig
 from pipelines.selection import Selection
 
 
@@ -20,6 +20,8 @@ class MemberJob:
     checkpoints: str
     output: str
     provenance: dict[str, Any]
+    init_from: str | None = None
+    """Dictionary that gives the initial weights."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,10 @@ class TrainJob:
     """Name in the ring that the store is, if training goes on while it is filled."""
     capacity: int = 0
     """Shards that the ring may have on disk."""
+    evaluate_every: int = 0
+    """Steps between held-out figures; 0 for none."""
+    model: ModelConfig | None = None
+    """The language model, for held-out CE and KL scores; None for none."""
     failure: str | None = None
     """File that says why no more shards will come, once it exists."""
 

@@ -1,7 +1,8 @@
 """One SAE of a training job: its trainer, its checkpoints and its figures."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -11,7 +12,8 @@ from pipelines.architectures import sae_config
 from pipelines.training.calibration import write_trained
 from pipelines.training.job import MemberJob, TrainJob
 from pipelines.training.metrics import METRICS_FILE, MetricsFile
-from sae import StepMetrics, Trainer, TrainerConfig, build
+from pipelines.training.warm_start import start_from
+from sae import Dictionary, StepMetrics, Trainer, TrainerConfig, build
 from sae.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from sae.normalise import fit_normaliser
 from sae.trainer import DivergedError
@@ -23,6 +25,7 @@ class Member:
 
     Args:
         sample: `starting_sample` of its hooks.
+        evaluate: held-out figures of a trainer, asked for every `TrainJob.evaluate_every` steps.
     """
 
     def __init__(
@@ -32,6 +35,7 @@ class Member:
         store: ActivationStore,
         sample: Sequence[Float[Tensor, "n_tokens _"]],
         *,
+        evaluate: Callable[[Trainer], dict[str, Any]] | None = None,
         rank: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -41,10 +45,16 @@ class Member:
         """Why it was stopped, and where it can go on from."""
         self._whole = job
         self._store = store
+        self._evaluate = evaluate
         self._writes = rank == 0
         self._checkpoints = Path(own.checkpoints)
+        sae = build(sae_config(own.spec, [store.spec.hook(hook).d_in for hook in own.hooks]), seed=own.seed)
+        normalisers = [fit_normaliser(part, train.normalize) for part in sample]
+        found = latest_checkpoint(self._checkpoints)
+        if found is None and own.init_from is not None:
+            start_from(sae, Dictionary.load(own.init_from), normalisers)
         self.trainer = Trainer(
-            build(sae_config(own.spec, [store.spec.hook(hook).d_in for hook in own.hooks]), seed=own.seed),
+            sae,
             TrainerConfig(
                 lr=train.lr,
                 warmup_fraction=train.warmup_fraction,
@@ -53,11 +63,12 @@ class Member:
             ),
             job.n_steps,
             device=device,
-            normalisers=[fit_normaliser(part, train.normalize) for part in sample],
+            normalisers=normalisers,
         )
-        found = latest_checkpoint(self._checkpoints)
         if found is not None:
             self.trainer.load_state_dict(load_checkpoint(found))
+        elif own.init_from is not None:
+            self.trainer.initialised = True
         else:
             self.trainer.initialise(sample)
         self._metrics = MetricsFile(self._checkpoints / METRICS_FILE, self.step) if self._writes else None
@@ -83,7 +94,14 @@ class Member:
         self.trainer.fit([batch], on_step)
         if self._metrics is not None:
             (metrics,) = taken
-            self._metrics.write({**metrics._asdict(), "expected_same_context": round(same_context, 3)})
+            figures = {**metrics._asdict(), "expected_same_context": round(same_context, 3)}
+            self._metrics.write(figures | self._heldout())
+
+    def _heldout(self) -> dict[str, Any]:
+        """Held-out figures, if this step is one for them: each `evaluate_every`-th, and the last."""
+        every = self._whole.evaluate_every
+        due = every and (self.step % every == 0 or self.step == self._whole.n_steps)
+        return self._evaluate(self.trainer) if due and self._evaluate is not None else {}
 
     def save(self) -> None:
         """Write a checkpoint."""

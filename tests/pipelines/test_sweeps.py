@@ -35,10 +35,10 @@ def _threads() -> Any:
     torch.set_num_threads(threads)
 
 
-def configured(collected: Run, saes: dict[str, dict[str, Any]] = SAES, **train: Any) -> RunConfig:
+def configured(collected: Run, saes: dict[str, dict[str, Any]] = SAES) -> RunConfig:
     raw = collected.config.model_dump(mode="json")
     raw["saes"] = saes
-    raw["train"] |= {"n_tokens": N_STEPS * 256, "checkpoint_every": 3, "normalize": "centre_scale", **train}
+    raw["train"] |= {"n_tokens": N_STEPS * 256, "checkpoint_every": 3, "normalize": "centre_scale", "evaluate_every": 4}
     raw["collect"]["store"] = str(collected.dir.store_path)
     return RunConfig.model_validate(raw)
 
