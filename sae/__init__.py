@@ -1,6 +1,7 @@
 """Sparse autoencoders for language-model activations: train, load, encode, splice, intervene. Pure PyTorch."""
 
 from sae.architectures import build
+from sae.attribution import Effects, attribute, exact_effects
 from sae.base import SAE, SAEOutput, SparseLatents
 from sae.batchtopk import BatchTopKSAE
 from sae.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
@@ -45,6 +46,7 @@ __all__ = [
     "CrosscoderConfig",
     "Dictionary",
     "Edit",
+    "Effects",
     "Exclude",
     "GatedConfig",
     "GatedSAE",
@@ -72,8 +74,10 @@ __all__ = [
     "TranscoderConfig",
     "Zero",
     "attach",
+    "attribute",
     "build",
     "config_from_dict",
+    "exact_effects",
     "find_hook",
     "fit_normaliser",
     "from_transformer_lens",
