@@ -321,6 +321,9 @@ class TrainConfig(Section):
     which writes held-out contexts last."""
     evaluate_ce_tokens: int = Field(0, ge=0)
     """Held-out tokens for CE and KL scores beside them: above 0, the first worker loads the language model."""
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
+    """Where the figures of metrics.jsonl go as well; needs the extra `trackers`. Offline mode and addresses are the
+    libraries' own environment variables (WANDB_MODE, MLFLOW_TRACKING_URI)."""
 
 
 class SinkConfig(Section):

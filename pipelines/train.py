@@ -24,6 +24,7 @@ from pipelines.selection import Selection, selected
 from pipelines.stores import absolute
 from pipelines.training.job import MemberJob, TrainJob
 from pipelines.training.metrics import METRICS_FILE, last_line
+from pipelines.training.trackers import missing_library
 from pipelines.training.warm_start import absolute_if_here, identity_of, start_from
 from sae import Dictionary, Normaliser
 from sae.architectures import empty
@@ -101,6 +102,7 @@ def _member_job(config: RunConfig, run: RunDir, name: str, store: ActivationStor
         provenance |= {"init_from": identity_of(load_start(source), source)}
     return MemberJob(
         name=name,
+        title=f"{config.name}/{name}",
         hooks=config.hooks_of(name),
         spec=spec,
         seed=config.seed if spec.seed is None else spec.seed,
@@ -134,6 +136,11 @@ def check_settings(config: RunConfig, widths: Mapping[str, int]) -> None:
     ]
     problems += _mixing_problems(config.train, config.collect)
     problems += _start_problems(config, widths)
+    problems += [
+        f"train.trackers names {name}, but {library} is not installed: install the extra `trackers`, or drop it"
+        for name in config.train.trackers
+        if (library := missing_library(name)) is not None
+    ]
     if config.collect.mode == "stream":
         from pipelines.stream import stream_problems
 

@@ -26,6 +26,7 @@ from pipelines.train_worker import train_worker
 from pipelines.training.interruption import Interrupted, install_notice, notice
 from pipelines.training.job import TrainJob
 from pipelines.training.metrics import METRICS_FILE, last_line
+from pipelines.training.trackers import recorded
 from sae.trainer import DivergedError
 
 STOP_FILE = "stop"
@@ -77,6 +78,9 @@ def run_ray(job: TrainJob, ray: RayConfig, scratch: Path, ui: Reporter) -> None:
         ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+    for member in job.members:
+        for name, why in recorded(Path(member.checkpoints)).get("failed", {}).items():
+            ui.say(f"the tracker {name} failed for {member.name}: {why}")
     if "interrupted" in outcome:
         raise StoppedError(f"training {names} {outcome['interrupted']}; the same command continues from there")
     if "failed" in outcome:

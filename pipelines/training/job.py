@@ -12,6 +12,8 @@ class MemberJob:
     """One SAE of a job."""
 
     name: str
+    title: str
+    """RUN/NAME, for trackers."""
     hooks: tuple[str, ...]
     """`RunConfig.hooks_of`; the first says which tokens are sinks."""
     spec: SAESpec

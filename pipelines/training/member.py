@@ -12,6 +12,7 @@ from pipelines.architectures import sae_config
 from pipelines.training.calibration import write_trained
 from pipelines.training.job import MemberJob, TrainJob
 from pipelines.training.metrics import METRICS_FILE, MetricsFile
+from pipelines.training.trackers import Trackers
 from pipelines.training.warm_start import start_from
 from sae import Dictionary, StepMetrics, Trainer, TrainerConfig, build
 from sae.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
@@ -72,6 +73,13 @@ class Member:
         else:
             self.trainer.initialise(sample)
         self._metrics = MetricsFile(self._checkpoints / METRICS_FILE, self.step) if self._writes else None
+        self._trackers = Trackers(
+            train.trackers if self._writes else (),
+            self._checkpoints,
+            title=own.title,
+            settings=_settings(own, job),
+            step=self.step,
+        )
 
     @property
     def step(self) -> int:
@@ -95,7 +103,9 @@ class Member:
         if self._metrics is not None:
             (metrics,) = taken
             figures = {**metrics._asdict(), "expected_same_context": round(same_context, 3)}
-            self._metrics.write(figures | self._heldout())
+            figures |= self._heldout()
+            self._metrics.write(figures)
+            self._trackers.log(figures)
 
     def _heldout(self) -> dict[str, Any]:
         """Held-out figures, if this step is one for them: each `evaluate_every`-th, and the last."""
@@ -133,3 +143,12 @@ class Member:
         """Close the files."""
         if self._metrics is not None:
             self._metrics.close()
+        self._trackers.close()
+
+
+def _settings(own: MemberJob, job: TrainJob) -> dict[str, Any]:
+    """What a tracker records of a run: flat, JSON values."""
+    spec = own.spec.model_dump(mode="json", exclude_none=True)
+    train = job.config.model_dump(mode="json", exclude_none=True, exclude={"trackers", "select", "init_from"})
+    known = ("model_name", "hook_name", "store_fingerprint")
+    return {**train, **spec, "seed": own.seed, **{key: own.provenance.get(key) for key in known}}
