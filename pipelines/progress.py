@@ -84,10 +84,11 @@ class _LineBar:
         self._last = time.monotonic()
         elapsed = max(self._last - self._began, 1e-9)
         rate = (self._done - self._start) / elapsed
+        left = f", {(self._total - self._done) / rate:.0f} s left" if rate > 0 and self._done < self._total else ""
         _print_line(
             self._console,
             f"{self._name}: {self._done:,.0f} of {self._total:,.0f} {self._unit}, "
-            f"{rate:,.0f} {self._unit}/s, {elapsed:.0f} s {self._note}".rstrip(),
+            f"{rate:,.0f} {self._unit}/s, {elapsed:.0f} s{left} {self._note}".rstrip(),
         )
 
 

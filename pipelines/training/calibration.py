@@ -41,8 +41,17 @@ def calibration_batches(
 def starting_sample(
     store: ActivationStore, hooks: tuple[str, ...], sinks: SinkConfig, selection: Selection
 ) -> list[Float[Tensor, "n_tokens _"]]:
-    """The rows behind b_dec's start and the input scale, of each hook; the same on every rank."""
-    parts = calibration_batches(store, hooks, sinks, selection, CALIBRATION_TOKENS // 16)
+    """The rows behind b_dec's start and the input scale, of each hook; the same on every rank.
+
+    Raises:
+        ValueError: training may use no token of the store.
+    """
+    parts = list(calibration_batches(store, hooks, sinks, selection, CALIBRATION_TOKENS // 16))
+    if not sum(len(part[0]) for part in parts):
+        raise ValueError(
+            f"Training needs tokens that are selected and no sinks, got none in the {store.spec.n_train_contexts} "
+            f"training contexts of {store.path} at {hooks[0]}. Collect more, or correct train.select and sinks."
+        )
     return [torch.cat(part) for part in zip(*parts, strict=True)]
 
 
