@@ -87,6 +87,8 @@ class _Values:
     error: Float[Tensor, "batch seq d_out"]
     f_to: Float[Tensor, "batch seq d_sae"]
     error_to: Float[Tensor, "batch seq d_out"]
+    scale: Float[Tensor, "batch seq 1"] | float
+    """What f @ W_dec is multiplied by in the hook's activations: see `SAE.output_scale`."""
 
 
 def attribute(
@@ -169,7 +171,7 @@ def exact_effects(
             delta[at] = (value.error_to - value.error)[at]
         else:
             change = (value.f_to - value.f)[:, node.column, node.latent, None]
-            delta[at] = (change * dictionary.W_dec[node.latent]).to(delta.dtype)
+            delta[at] = (change * dictionary.W_dec[node.latent] * _at(value.scale, node.column)).to(delta.dtype)
         with replace_activations(model, dictionary.output_hooks[0], _adding(delta)):
             effects.append(_numbers(metric(_call(model, clean))).sum() - before)
     return torch.stack(effects) if effects else torch.zeros(0)
@@ -216,7 +218,8 @@ def node_values(
                         f"Patched inputs must have as many columns as the clean ones, and as many rows or one: got "
                         f"{list(f_to.shape[:2])} for {list(f.shape[:2])}. Pad them alike."
                     )
-        values[name] = _Values(f, error, torch.where(counted, f_to, f), torch.where(counted, error_to, error))
+        scale = dictionaries[name].sae.output_scale(tap.x)
+        values[name] = _Values(f, error, torch.where(counted, f_to, f), torch.where(counted, error_to, error), scale)
     return values
 
 
@@ -266,7 +269,7 @@ def _path_gradients(
     for group in range(groups):
         ours_f, ours_error = group_of_f == group, group_of_error == group
         # f and the error enter the hook's activations linearly: the gradient of those gives both.
-        way = (((value.f_to - value.f) * ours_f) @ W_dec).to(value.error.dtype)
+        way = (((value.f_to - value.f) * ours_f) @ W_dec * value.scale).to(value.error.dtype)
         way = way + (value.error_to - value.error) * ours_error
         gradient = torch.zeros_like(way)
         for step in range(steps):
@@ -274,9 +277,13 @@ def _path_gradients(
             with replace_activations(model, dictionary.output_hooks[0], _adding(moved)), torch.enable_grad():
                 total = _numbers(metric(_call(model, clean))).sum()
             gradient += torch.autograd.grad(total, moved)[0] / steps
-        of_latents += (gradient.to(W_dec.dtype) @ W_dec.T) * ours_f
+        of_latents += ((gradient.to(W_dec.dtype) * value.scale) @ W_dec.T) * ours_f
         of_errors += gradient * ours_error
     return of_latents, of_errors
+
+
+def _at(scale: Float[Tensor, "batch seq 1"] | float, column: int) -> Float[Tensor, "batch 1"] | float:
+    return scale[:, column] if isinstance(scale, Tensor) else scale
 
 
 def _adding(delta: Float[Tensor, "batch seq d_out"]) -> Callable[[Tensor], Tensor]:

@@ -27,7 +27,7 @@ from sae.base import SAE
 from sae.config import SAEConfig, config_from_dict
 from sae.interop import read_file, read_foreign, recognise
 from sae.interop.files import contained, parse_json, read_safetensors
-from sae.interop.saelens import CFG, SPARSITY, WEIGHTS, from_saelens, to_saelens
+from sae.interop.saelens import CFG, SPARSITY, WEIGHTS, from_saelens, hook_metadata, to_saelens
 
 SCHEMA_VERSION = 1
 DICTIONARY, FEATURES = "dictionary.json", "features.parquet"
@@ -178,9 +178,9 @@ def write(
     """
     if target.exists() and not overwrite:
         raise FileExistsError(f"{target} exists already. Choose another folder or pass overwrite=True to replace it.")
-    metadata = dict(metadata) | ({"hook_name": hook_names[0]} if hook_names else {})
+    metadata = dict(metadata) | (hook_metadata("", hook_names[0]) if hook_names else {})
     if len(hook_names) > 1:
-        metadata |= {"hook_name_out": output_hooks[0], "hook_names": list(hook_names)}
+        metadata |= hook_metadata("_out", output_hooks[0]) | {"hook_names": list(hook_names)}
     cfg, tensors = to_saelens(sae, metadata)
     cfg_bytes = _json_bytes(cfg)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -168,11 +168,14 @@ def attach(
         watch = stack.enter_context(watch_tokens(root))
         attachment = _Attachment(sae, hook_names, watch, splice and error == "drop", tuple(edits), exclude, grad)
         own = output_hook is None or output_hook == hook_names[0]
-        for i, name in enumerate(hook_names):
-            on = attachment.read_and_write if own and writes else partial(attachment.read, i)
-            stack.enter_context(replace_activations(root, name, on))
-        if writes and not own:
+        if not writes:
+            for i, name in enumerate(hook_names):
+                stack.enter_context(replace_activations(root, name, partial(attachment.read, i)))
+        elif own:
+            stack.enter_context(replace_activations(root, hook_names[0], attachment.read_and_write))
+        else:
             assert output_hook is not None
+            stack.enter_context(replace_activations(root, hook_names[0], attachment.read_for_write))
             stack.enter_context(replace_activations(root, output_hook, attachment.write))
         yield attachment.tap
 
@@ -194,6 +197,7 @@ class _Attachment:
         self._sae, self._hook_names, self._watch = sae, hook_names, watch
         self._drop_error, self._edits, self._exclude, self._grad = drop_error, edits, exclude, grad
         self._parts: dict[int, Tensor] = {}
+        self._input: Tensor | None = None
 
     def read(self, i: int, x: Tensor) -> None:
         """What the i-th hook gives; the last one completes the SAE's input."""
@@ -211,14 +215,18 @@ class _Attachment:
         seen = self._see(x)
         return self._replacement(x, seen, seen)
 
+    def read_for_write(self, x: Tensor) -> None:
+        """At a transcoder's input."""
+        self._input = self._see(x)
+
     def write(self, y: Tensor) -> Tensor | None:
         """At a transcoder's output."""
-        if not self.tap._passes:
+        x, self._input = self._input, None  # not kept: it may hold a graph
+        if x is None:
             raise ValueError(
                 f"The transcoder's output hook ran before its input hook {self._hook_names[0]}. Exchange the two."
             )
-        one = self.tap._passes[-1]
-        return self._replacement(y, y.reshape(*one.tokens.shape, -1), self._input)
+        return self._replacement(y, y.reshape(*x.shape[:2], -1), x)
 
     def _see(self, x: Tensor) -> Float[Tensor, "batch seq d_in"]:
         d_in = self._sae.d_in
@@ -233,7 +241,6 @@ class _Attachment:
         tokens = self._watch.tokens(tuple(lead), x.device)
         seen = x.reshape(*tokens.shape, d_in)
         excluded = excluded_tokens(self._exclude, seen.detach(), tokens)
-        self._input = seen
         shape = tokens.shape if tokens.ids is not None else tuple(lead)
         self.tap._see(_Pass(seen.detach(), tokens, excluded, shape), keep=not self._grad)
         return seen

@@ -47,6 +47,7 @@ from sae.interop.parts import (
     take,
     whole_number,
 )
+from sae.naming import to_transformer_lens
 from sae.threshold import thresholded
 from sae.tokennorm import TOKEN_NORMS, TokenNorm
 
@@ -134,6 +135,18 @@ def read(folder: Path) -> Foreign:
     hook = metadata.get("hf_hook_name") or metadata.get("hook_name")
     out = metadata.get("hf_hook_name_out") or metadata.get("hook_name_out")
     return Foreign(sae, tuple(str(name) for name in (hook, out) if name), metadata)
+
+
+def hook_metadata(suffix: str, hook_name: str) -> dict[str, str]:
+    """A hook under the names that SAELens looks for: TransformerLens' own, and the path in the Hugging Face model.
+
+    A place that TransformerLens has no name for goes by its path in both.
+    """
+    try:
+        lens = to_transformer_lens(hook_name)
+    except ValueError:
+        lens = hook_name
+    return {f"hook_name{suffix}": lens, f"hf_hook_name{suffix}": hook_name}
 
 
 def from_saelens(

@@ -69,7 +69,8 @@ def test_dictionary_writes_the_layout_that_saelens_reads(tmp_path: Path) -> None
         "sae_lens_version": "6.54.12",
         "training_architecture": "batchtopk",
         "model_name": "tiny",
-        "hook_name": "model.layers.8",
+        "hook_name": "blocks.8.hook_resid_post",
+        "hf_hook_name": "model.layers.8",
     }
     tensors = load_file(folder / "sae_weights.safetensors")
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {

@@ -18,6 +18,7 @@ from sae import (
     Mean,
     Patch,
     Scale,
+    TopKConfig,
     TranscoderConfig,
     Zero,
     attach,
@@ -294,6 +295,9 @@ def test_transcoder_reads_at_one_hook_and_replaces_at_another(skip: bool) -> Non
     with dictionary.attach(model, grad=True) as tap:
         assert torch.equal(model(X), model.after(model.at_hook()))
     torch.testing.assert_close(tap.error, y - sae(x).x_hat)
+    reverse = Dictionary(sae, hook_names=["layers.1", "layers.1.linear"])
+    with reverse.attach(model, splice=True), pytest.raises(ValueError, match="ran before its input hook layers"):
+        model(X)
     with pytest.raises(ValueError, match="`hook_name` moves an SAE of one hook"):
         dictionary.attach(model, hook_name=HOOK)
 
@@ -355,3 +359,15 @@ def test_edits_refuse_what_they_cannot_mean() -> None:
         Zero(3, positions=-1)
     with pytest.raises(ValueError, match=r"boolean mask .* got torch\.int64"):
         Zero(3, positions=torch.tensor([1, 2]))
+
+
+def test_an_sae_that_normalises_tokens_is_edited_in_the_units_of_the_model() -> None:
+    model = Model()
+    sae = build(TopKConfig(d_in=D, d_sae=24, k=4), seed=1).requires_grad_(False)
+    sae.token_norm = "layer_norm"
+    x = model.at_hook()
+    f = sae.encode(x)
+    expected = x + sae.decode(f + 1, x) - sae.decode(f, x)
+    for grad in (False, True):
+        with attach(model, sae, HOOK, edits=[Add("all", 1.0)], grad=grad):
+            torch.testing.assert_close(model(X), model.after(expected))
