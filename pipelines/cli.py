@@ -184,6 +184,35 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
 
 
+@app.command()
+@told_plainly
+def publish(
+    folder: Annotated[
+        Path, typer.Argument(help="A dictionary folder, or one of several, such as runs/NAME/dictionaries.")
+    ],
+    repository: Annotated[str, typer.Argument(help="Hugging Face repository, such as me/my-dictionaries.")],
+    path_in_repo: Annotated[str | None, typer.Option("--path", help="Subfolder of the repository.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch to commit to.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    without_text: Annotated[
+        bool, typer.Option("--without-text", help="Leave the texts out of the examples; keep documents and offsets.")
+    ] = False,
+) -> None:
+    """Upload dictionaries to the Hugging Face Hub, with their model cards, in one commit."""
+    _quiet_libraries()
+    from pipelines.hub import publish as upload
+
+    url = upload(
+        folder,
+        repository,
+        path_in_repo=path_in_repo,
+        revision=revision,
+        private=private,
+        without_text=without_text,
+    )
+    print(f"published {url}")
+
+
 # -- looking -----------------------------------------------------------------------------------------------------------
 
 

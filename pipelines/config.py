@@ -339,11 +339,12 @@ class DictionarySource(Section):
     """An existing dictionary to start from, in place of `train:`."""
 
     path: str
-    """Folder of a dictionary."""
+    """Folder of a dictionary, ours or another tool's; a Hugging Face repository, an object store's URL, or SAELens's
+    release/sae_id."""
     subfolder: str | None = None
     """Folder inside `path`."""
     revision: str | None = None
-    """Reserved for Hugging Face repositories."""
+    """Branch, tag or commit of a Hugging Face repository."""
 
 
 class EvaluateConfig(Section):

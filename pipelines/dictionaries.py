@@ -39,12 +39,14 @@ def load_source(source: DictionarySource, hook: str, d_in: int) -> Dictionary:
     Raises:
         UsageError: it cannot be loaded, or its width is not `d_in`, that of the hook.
     """
-    where = Path(source.path, source.subfolder or "")
+    import pipelines.hub  # noqa: F401  for names that are no folder
+
     try:
-        dictionary = Dictionary.load(where, verify=True)
+        dictionary = Dictionary.load(source.path, subfolder=source.subfolder, revision=source.revision, verify=True)
     except (ValueError, FileNotFoundError) as error:
         raise UsageError(f"dictionary.path: {error}") from error
     if dictionary.d_in != d_in:
+        where = "/".join(part for part in (source.path, source.subfolder) if part)
         raise UsageError(
             f"the dictionary {where} has d_in {dictionary.d_in}, but {hook} of this model has width {d_in}: "
             "choose the hook it was trained on"
