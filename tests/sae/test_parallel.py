@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from sae import (
     BatchTopKConfig,
+    BatchTopKSAE,
     CrosscoderConfig,
     GatedConfig,
     JumpReLUConfig,
@@ -62,7 +63,26 @@ def dist_rank() -> int:
 
 def rank_results(rank: int) -> dict[str, Any]:
     """Every architecture in turn: starting processes takes longer than the training."""
-    return {name: rank_result(rank, name) for name in CONFIGS}
+    results = {name: rank_result(rank, name) for name in CONFIGS}
+    return results | {"agreed": what_is_agreed(slice(rank * BATCH // 2, (rank + 1) * BATCH // 2))}
+
+
+def what_is_agreed(part: slice) -> dict[str, torch.Tensor]:
+    """What depends on all rows of batches whose two halves are very different, after three clipped steps on a part."""
+    run = Trainer(build(CONFIGS["batchtopk"], seed=0), TrainerConfig(grad_clip=0.01, betas=(0.0, 0.0)), N_STEPS)
+    stream = [torch.cat([x[: BATCH // 2], 3 * x[BATCH // 2 :].flip(1) - 40])[part] for x in batches()]
+    run.initialise(stream[0])
+    centre = run.sae.b_dec.detach().clone()
+    run.fit(stream, lambda metrics: metrics.step < 3)
+    moments = [run.optimizer.adam.state[parameter]["exp_avg"] for parameter in run.sae.parameters()]
+    assert isinstance(run.sae, BatchTopKSAE)
+    return {
+        "geometric median": centre,
+        "tokens since a latent fired": run.tokens_since_fired.double(),
+        "threshold": run.sae.threshold.clone(),
+        "clipped gradient": torch.cat([moment.reshape(-1) for moment in moments]),  # Adam without memory
+        "norm after clipping": torch.stack([moment.norm() for moment in moments]).norm(),
+    }
 
 
 def rank_result(rank: int, architecture: str) -> dict[str, Any]:
@@ -94,6 +114,21 @@ def test_two_processes_equal_one(architecture: str, ranks: list[dict[str, Any]])
         rtol=1e-3 if architecture == "gated" else 1e-4,  # a pre-activation at its gate may fall either way
         atol=1e-6,
     )
+
+
+@pytest.mark.parametrize(
+    "quantity",
+    ["geometric median", "tokens since a latent fired", "threshold", "clipped gradient", "norm after clipping"],
+)
+def test_processes_with_different_rows_agree_on(quantity: str, ranks: list[dict[str, Any]]) -> None:
+    one = what_is_agreed(slice(None))[quantity]
+    for results in ranks:
+        torch.testing.assert_close(results["agreed"][quantity], one, rtol=1e-4, atol=1e-6)
+    own = [what_is_agreed(slice(0, BATCH // 2)), what_is_agreed(slice(BATCH // 2, None))]
+    if quantity != "norm after clipping":  # whatever the rows, it is the norm that gradients are clipped to
+        assert not any(torch.allclose(alone[quantity], one, rtol=1e-2) for alone in own)
+    else:
+        assert float(one) == pytest.approx(0.01, rel=1e-3)
 
 
 def test_one_process_exchanges_nothing() -> None:
