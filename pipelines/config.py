@@ -299,7 +299,11 @@ class TrainConfig(Section):
     """`scale` multiplies inputs so that their mean squared distance from the mean is d_in, `centre` takes each
     dimension's mean away; folded into the weights at the end."""
     num_workers: int = Field(1, gt=0)
-    """Ray Train workers (data-parallel)."""
+    """Ray Train workers."""
+    layout: Literal["data", "features"] = "data"
+    """What each of several workers has: a share of the rows of every batch and all latents; or a share of the latents
+    and all rows, which takes less memory, and sends less where a batch has fewer tokens than the SAE twice the latents.
+    """
     cpus_per_worker: float | None = Field(None, gt=0)
     """CPUs a worker; by default the machine's, shared evenly."""
     use_gpu: bool = False
@@ -307,9 +311,11 @@ class TrainConfig(Section):
     checkpoint_every: int = Field(50, gt=0)
     """Steps between checkpoints."""
     shuffle_contexts: int = Field(1024, gt=0)
-    """Most contexts that are shuffled together; twice as many are in memory, spread over the workers."""
+    """Most contexts that are shuffled together; twice as many are in memory, spread over the workers ("data") or in
+    each of them ("features")."""
     streams: int = Field(16, gt=0)
-    """Streams that each batch takes equally many rows of: `batch_size` is a multiple of it, and it of `num_workers`."""
+    """Streams that each batch takes equally many rows of: `batch_size` is a multiple of it, and it, under
+    "data", of `num_workers`."""
     max_same_context: float = Field(8.0, gt=0)
     """Most other tokens of its own context that a token may meet in a batch, on average; more is refused."""
     select: SelectConfig | None = None

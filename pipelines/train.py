@@ -28,6 +28,7 @@ from pipelines.training.trackers import missing_library
 from pipelines.training.warm_start import absolute_if_here, identity_of, start_from
 from sae import Dictionary, Normaliser
 from sae.architectures import empty
+from sae.features import require_splittable
 from storage import ActivationStore
 
 EVALUATE_EVERY = 100
@@ -162,14 +163,16 @@ def _problems(train: TrainConfig, spec: SAESpec, widths: Sequence[int], name: st
         )
     else:
         try:
-            sae_config(spec, widths)
+            configured = sae_config(spec, widths)
+            if train.layout == "features":
+                require_splittable(configured, train.num_workers)
         except ValueError as error:
             problems.append(f"saes.{name}: {error}")
     if train.n_tokens < train.batch_size:
         problems.append(f"train.n_tokens ({train.n_tokens:,}) is less than one batch ({train.batch_size:,})")
     if train.batch_size % train.streams:
         problems.append(f"train.batch_size ({train.batch_size}) must be a multiple of train.streams ({train.streams})")
-    if train.streams % train.num_workers:
+    if train.layout == "data" and train.streams % train.num_workers:
         problems.append(
             f"train.streams ({train.streams}) must be a multiple of train.num_workers ({train.num_workers})"
         )

@@ -14,11 +14,10 @@ from pipelines.training.calibration import starting_sample
 from pipelines.training.heldout import HELDOUT_TOKENS, Heldout, Splicing
 from pipelines.training.interruption import Interrupted
 from pipelines.training.job import TrainJob
-from pipelines.training.member import Member
+from pipelines.training.member import Evaluate, Member
 from pipelines.training.metrics import METRICS_FILE, last_line
-from sae import Trainer
 from sae.parallel import Group
-from sae.trainer import DivergedError
+from sae.trainer import DivergedError, folded
 from storage import ActivationStore
 
 
@@ -55,10 +54,11 @@ def train_worker(
     try:
         start = min(member.step for member in members)
         if start < job.n_steps:
-            batches = Batches(job, store, start, rank=rank, world_size=world_size, device=device)
+            reader = (0, 1) if job.config.layout == "features" else (rank, world_size)  # the whole batch, or a share
+            batches = Batches(job, store, start, rank=reader[0], world_size=reader[1], device=device)
             _train(job, members, batches, start, interrupted)
         for member in members:
-            if rank == 0 and member.failure is None:
+            if member.failure is None:
                 member.finish()
     finally:
         for member in members:
@@ -103,7 +103,7 @@ def _train(job: TrainJob, members: list[Member], batches: Batches, start: int, i
     )
 
 
-def _evaluations(job: TrainJob, store: ActivationStore) -> dict[tuple[str, ...], Callable[[Trainer], dict[str, Any]]]:
+def _evaluations(job: TrainJob, store: ActivationStore) -> dict[tuple[str, ...], Evaluate]:
     """Held-out figures of an SAE in training, by the hooks that it reads."""
     if not job.evaluate_every:
         return {}
@@ -111,9 +111,11 @@ def _evaluations(job: TrainJob, store: ActivationStore) -> dict[tuple[str, ...],
     if job.model is not None:
         splicing = Splicing(store, job.model, job.sinks, job.selection, job.config.evaluate_ce_tokens)
 
-    def of(hooks: tuple[str, ...]) -> Callable[[Trainer], dict[str, Any]]:
+    def of(hooks: tuple[str, ...]) -> Evaluate:
         sample = Heldout(store, hooks, job.sinks, job.selection, HELDOUT_TOKENS)
-        return lambda trainer: sample.figures(trainer) | (splicing.figures(trainer, hooks) if splicing else {})
+        return lambda sae, normalisers: (
+            sample.figures(sae, normalisers) | (splicing.figures(folded(sae, normalisers), hooks) if splicing else {})
+        )
 
     return {hooks: of(hooks) for hooks in dict.fromkeys(member.hooks for member in job.members)}
 

@@ -77,10 +77,11 @@ def own_part(key: str, tensor: Tensor, latents: Group) -> Tensor:
     return by_latent[latents.share(len(by_latent))].contiguous().clone().transpose(0, dim)
 
 
-def whole_state(state: Mapping[str, Any], d_sae: int, latents: Group) -> dict[str, Any]:
+def whole_state(state: Mapping[str, Any], latents: Group) -> dict[str, Any]:
     """The state of the whole SAE on the CPU of the first process, from each one's own; empty in the others."""
     if latents.world_size == 1:
         return dict(state)
+    d_sae = latents.sum_int(len(state["sae.b_enc"]))
     whole: dict[str, Any] = {}
     for key, value in state.items():
         dim = _split_dim(key) if isinstance(value, Tensor) else None

@@ -318,23 +318,28 @@ class Trainer:
     # ---- results and state ----------------------------------------------------------------------------------------
 
     @torch.no_grad()
+    def whole(self) -> SAE:
+        """The SAE in training with all its latents, in the units of the normalised activations; not a copy.
+
+        Under the layout "features" every process must call it, and gets a copy put together from all of them.
+        """
+        latents = self.layout.latents
+        if latents.world_size == 1:
+            return self.sae
+        state = whole_state({f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()}, latents)
+        sae = empty(self.sae.config)
+        if latents.rank == 0:
+            sae.load_state_dict({name.removeprefix("sae."): tensor for name, tensor in state.items()})
+        sae = sae.to(self.device)
+        latents.broadcast(list(sae.state_dict().values()))
+        return sae
+
     def export(self) -> SAE:
         """A new SAE on the CPU that maps raw activations: the normalisation is folded in exactly (`SAE.fold`).
 
-        Under the layout "features" every process must call it, and gets the whole SAE.
+        Under the layout "features" every process must call it, and gets all latents.
         """
-        sae = empty(self.sae.config)
-        latents = self.layout.latents
-        state = whole_state(
-            {f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()}, sae.d_sae, latents
-        )
-        if latents.rank == 0:
-            sae.load_state_dict({name.removeprefix("sae."): tensor for name, tensor in state.items()})
-        latents.broadcast(list(sae.state_dict().values()))
-        normalisers = [normaliser.to(torch.device("cpu")) for normaliser in self.normalisers]
-        if not all(normaliser.is_identity for normaliser in normalisers):
-            sae.fold(normalisers)
-        return sae
+        return folded(self.whole(), self.normalisers)
 
     def _settings(self) -> dict[str, Any]:
         """What a saved state must agree with, as JSON values."""
@@ -362,7 +367,7 @@ class Trainer:
         state |= self._settings()
         state |= {f"normaliser_shift.{i}": normaliser.shift for i, normaliser in enumerate(self.normalisers)}
         state |= {f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()}
-        return whole_state(state | self.optimizer.state_dict(), self.sae.d_sae, self.layout.latents)
+        return whole_state(state | self.optimizer.state_dict(), self.layout.latents)
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -394,6 +399,17 @@ class Trainer:
         self.step, self.n_tokens = int(state["step"]), int(state["n_tokens"])
         self.initialised, self._smallest_kept = bool(state["initialised"]), float(state["smallest_kept"])
         self.optimizer.load_state_dict(state)
+
+
+@torch.no_grad()
+def folded(sae: SAE, normalisers: Sequence[Normaliser]) -> SAE:
+    """A copy on the CPU that maps raw activations, of an SAE of normalised ones."""
+    copy = empty(sae.config)
+    copy.load_state_dict(sae.state_dict())
+    on_cpu = [normaliser.to(torch.device("cpu")) for normaliser in normalisers]
+    if not all(normaliser.is_identity for normaliser in on_cpu):
+        copy.fold(on_cpu)
+    return copy
 
 
 class _Reading:

@@ -5,6 +5,7 @@ tokens) are over tokens that are no sinks. The inference rule is used, with the 
 followed it. Nothing here changes the state that training depends on.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from pipelines.config import EvaluateConfig, ModelConfig, SinkConfig
 from pipelines.selection import Selection, kept
-from sae import FVU, L0, ActivationFrequency, Dictionary, Trainer
+from sae import FVU, L0, SAE, ActivationFrequency, Dictionary, Normaliser
 from storage import ActivationStore
 
 if TYPE_CHECKING:
@@ -48,21 +49,23 @@ class Heldout:
             low = high
 
     @torch.no_grad()
-    def figures(self, trainer: Trainer) -> dict[str, float]:
-        """FVU in the units of the raw activations, L0 and dead share; empty where fewer than two are held out."""
+    def figures(self, sae: SAE, normalisers: Sequence[Normaliser]) -> dict[str, float]:
+        """FVU in the units of the raw activations, L0 and dead share; empty where fewer than two are held out.
+
+        Args:
+            sae: in the units of what `normalisers` give, which are on its device.
+        """
         n_tokens = len(self._parts[0])
         if n_tokens < 2:
             return {}
-        sae, device = trainer.sae, trainer.device
+        device = sae.b_dec.device
         fvu, l0, frequency = FVU(sae.d_out), L0(), ActivationFrequency(sae.d_sae)
-        scales = [n.scale.expand(len(n.shift))[None] for n in trainer.normalisers]
-        scale, shift = (
-            sae.input_and_target(each)[1] for each in (scales, [n.shift[None] for n in trainer.normalisers])
-        )
+        scales = [n.scale.expand(len(n.shift))[None] for n in normalisers]
+        scale, shift = (sae.input_and_target(each)[1] for each in (scales, [n.shift[None] for n in normalisers]))
         step = max(1, _CHUNK // sae.d_sae)
         for low in range(0, n_tokens, step):
             raw = [part[low : low + step].to(device) for part in self._parts]
-            x, _ = sae.input_and_target([n.apply(part) for n, part in zip(trainer.normalisers, raw, strict=True)])
+            x, _ = sae.input_and_target([n.apply(part) for n, part in zip(normalisers, raw, strict=True)])
             x_hat, latent_acts = sae(x)
             fvu.update(sae.input_and_target(raw)[1], x_hat / scale + shift)
             l0.update(latent_acts)
@@ -91,12 +94,13 @@ class Splicing:
 
         return LanguageModel(resolve_model(self.model), self.model)
 
-    def figures(self, trainer: Trainer, hooks: tuple[str, ...]) -> dict[str, Any]:
-        """`heldout_ce_loss_score` and the like, as `evaluate` defines them; none for crosscoders."""
+    def figures(self, sae: SAE, hooks: tuple[str, ...]) -> dict[str, Any]:
+        """`heldout_ce_loss_score` and the like of an SAE of raw activations, as `evaluate` defines them; none for
+        crosscoders."""
         from pipelines.evaluate import evaluate_splice
         from pipelines.progress import SilentReporter
 
-        dictionary = Dictionary(trainer.export(), hook_names=hooks).to(self._lm.device)
+        dictionary = Dictionary(sae, hook_names=hooks).to(self._lm.device)
         with SilentReporter().stage("evaluate", total=1, unit="tokens") as bar:
             found = evaluate_splice(
                 self._lm,

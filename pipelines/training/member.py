@@ -14,11 +14,14 @@ from pipelines.training.job import MemberJob, TrainJob
 from pipelines.training.metrics import METRICS_FILE, MetricsFile
 from pipelines.training.trackers import Trackers
 from pipelines.training.warm_start import start_from
-from sae import Dictionary, StepMetrics, Trainer, TrainerConfig, build
+from sae import SAE, Dictionary, Normaliser, StepMetrics, Trainer, TrainerConfig, build
 from sae.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from sae.normalise import fit_normaliser
 from sae.trainer import DivergedError
 from storage import ActivationStore
+
+Evaluate = Callable[[SAE, Sequence[Normaliser]], dict[str, Any]]
+"""Held-out figures of an SAE of normalised activations."""
 
 
 class Member:
@@ -26,7 +29,7 @@ class Member:
 
     Args:
         sample: `starting_sample` of its hooks.
-        evaluate: held-out figures of a trainer, asked for every `TrainJob.evaluate_every` steps.
+        evaluate: asked on rank 0 every `TrainJob.evaluate_every` steps.
     """
 
     def __init__(
@@ -36,7 +39,7 @@ class Member:
         store: ActivationStore,
         sample: Sequence[Float[Tensor, "n_tokens _"]],
         *,
-        evaluate: Callable[[Trainer], dict[str, Any]] | None = None,
+        evaluate: Evaluate | None = None,
         rank: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -65,6 +68,7 @@ class Member:
             job.n_steps,
             device=device,
             normalisers=normalisers,
+            layout=train.layout,
         )
         if found is not None:
             self.trainer.load_state_dict(load_checkpoint(found))
@@ -100,23 +104,27 @@ class Member:
             return False
 
         self.trainer.fit([batch], on_step)
+        heldout = self._heldout()
         if self._metrics is not None:
             (metrics,) = taken
             figures = {**metrics._asdict(), "expected_same_context": round(same_context, 3)}
-            figures |= self._heldout()
+            figures |= heldout
             self._metrics.write(figures)
             self._trackers.log(figures)
 
     def _heldout(self) -> dict[str, Any]:
         """Held-out figures, if this step is one for them: each `evaluate_every`-th, and the last."""
         every = self._whole.evaluate_every
-        due = every and (self.step % every == 0 or self.step == self._whole.n_steps)
-        return self._evaluate(self.trainer) if due and self._evaluate is not None else {}
+        if not every or (self.step % every and self.step != self._whole.n_steps):
+            return {}
+        sae = self.trainer.whole()  # on every rank, since each may have a part of it
+        return {} if self._evaluate is None else self._evaluate(sae, self.trainer.normalisers)
 
     def save(self) -> None:
-        """Write a checkpoint."""
+        """Write a checkpoint. Every rank calls it, since each may have a part of the state."""
+        state = self.trainer.state_dict()
         if self._writes:
-            save_checkpoint(self._checkpoints, self.step, self.trainer.state_dict())
+            save_checkpoint(self._checkpoints, self.step, state)
 
     def stop(self, error: DivergedError) -> None:
         """Train no further: the weights have gone astray, and are not saved."""
@@ -128,9 +136,12 @@ class Member:
         return "No checkpoint was saved yet." if found is None else f"The last good checkpoint is {found}."
 
     def finish(self) -> None:
-        """Calibrate the inference threshold and write the trained dictionary."""
+        """Calibrate the inference threshold and write the trained dictionary. Every rank calls it, as `save`."""
+        sae = self.trainer.export()
+        if not self._writes:
+            return
         write_trained(
-            self.trainer.export(),
+            sae,
             self.job.output,
             store=self._store,
             hooks=self.job.hooks,

@@ -56,7 +56,7 @@ def test_figures_are_those_of_the_exported_dictionary(
         normalisers=[fit_normaliser(part, "centre_scale") for part in sample],
     )
     trainer.fit([[part[i::20] for part in sample] for i in range(20)])
-    found = Heldout(store, hooks, SinkConfig(), {}, n_tokens=10**6).figures(trainer)
+    found = Heldout(store, hooks, SinkConfig(), {}, n_tokens=10**6).figures(trainer.whole(), trainer.normalisers)
     with SilentReporter().stage("test", total=1, unit="tokens") as bar:
         dictionary = Dictionary(trainer.export(), hook_names=hooks)
         expected = evaluate_reconstruction(store, dictionary, sink_multiple=3.0, bar=bar)
@@ -64,7 +64,7 @@ def test_figures_are_those_of_the_exported_dictionary(
     assert found["heldout_fvu"] == pytest.approx(expected["fvu"], rel=1e-4)
     assert found["heldout_l0"] == pytest.approx(expected["l0"], rel=1e-3)
     assert found["heldout_dead_share"] == pytest.approx(expected["dead_share"], abs=1 / 64)
-    few = Heldout(store, hooks, SinkConfig(), {}, n_tokens=100).figures(trainer)
+    few = Heldout(store, hooks, SinkConfig(), {}, n_tokens=100).figures(trainer.whole(), trainer.normalisers)
     assert few["heldout_n_tokens"] == 100
 
 

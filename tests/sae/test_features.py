@@ -299,7 +299,7 @@ def test_one_process_has_all_latents() -> None:
     state = {"sae.W_enc": torch.ones(2, 3), "step": 4}
     assert alone.share(7) == slice(0, 7)
     assert own_part("sae.W_enc", state["sae.W_enc"], alone) is state["sae.W_enc"]  # type: ignore[arg-type]
-    assert whole_state(state, 3, alone) == state
+    assert whole_state(state, alone) == state
     part = torch.ones(2, 3)
     assert alone.combine(part) is part
     assert alone.shared(part[0]) is not None
