@@ -16,14 +16,14 @@ from torch import Tensor
 
 from pipelines.config import EvaluateConfig, ModelConfig, SinkConfig
 from pipelines.selection import Selection, kept
-from sae import FVU, L0, SAE, ActivationFrequency, Dictionary, Normaliser
+from sae import FVU, L0, SAE, ActivationFrequency, Dictionary, Normaliser, SparseLatents
 from storage import ActivationStore
 
 if TYPE_CHECKING:
     from pipelines.models import LanguageModel
 
-HELDOUT_TOKENS = 4096
-"""Tokens of the sample: a step's worth, so that figures every 100 steps cost about 1 % of the training."""
+HELDOUT_TOKENS = 2048
+"""Tokens of the sample: half a step's worth, so that figures every 100 steps cost about 1 % of the training."""
 SPLICED_FIGURES = ("ce_loss_score", "ce_spliced", "kl_div_score", "kl_spliced")
 _CHUNK = 2**24
 """Most dense latent activations that are in memory at once."""
@@ -65,17 +65,27 @@ class Heldout:
         step = max(1, _CHUNK // sae.d_sae)
         for low in range(0, n_tokens, step):
             raw = [part[low : low + step].to(device) for part in self._parts]
-            x, _ = sae.input_and_target([n.apply(part) for n, part in zip(normalisers, raw, strict=True)])
-            x_hat, latent_acts = sae(x)
+            x, _ = sae.input_and_target([n.apply(part) for n, part in zip(trainer.normalisers, raw, strict=True)])
+            latents = sae.encode_sparse(x)
+            x_hat = decoded(sae, latents, len(x)) + sae.bypass(x)
             fvu.update(sae.input_and_target(raw)[1], x_hat / scale + shift)
-            l0.update(latent_acts)
-            frequency.update(latent_acts)
+            l0.update(latents, len(x))
+            frequency.update(latents, len(x))
         return {
             "heldout_fvu": fvu.compute(),
             "heldout_l0": l0.compute(),
             "heldout_dead_share": frequency.dead_share(),
             "heldout_n_tokens": n_tokens,
         }
+
+
+def decoded(sae: SAE, latents: SparseLatents, n_tokens: int) -> Float[Tensor, "n_tokens d_out"]:
+    """`sae.decode` of sparse latent activations: a weighted sum of a few decoder rows for each token."""
+    counts = torch.bincount(latents.row, minlength=n_tokens)
+    sums = torch.nn.functional.embedding_bag(
+        latents.latent, sae.W_dec, counts.cumsum(0) - counts, per_sample_weights=latents.value, mode="sum"
+    )
+    return sums + sae.b_dec
 
 
 @dataclass

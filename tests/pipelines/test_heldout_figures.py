@@ -17,13 +17,15 @@ from pipelines.rundir import RunDir
 from pipelines.train import EVALUATE_EVERY, make_job
 from pipelines.train_worker import train_worker
 from pipelines.training.calibration import starting_sample
-from pipelines.training.heldout import SPLICED_FIGURES, Heldout
+from pipelines.training.heldout import SPLICED_FIGURES, Heldout, decoded
 from sae import (
     BatchTopKConfig,
     CrosscoderConfig,
     Dictionary,
     SAEConfig,
+    SparseLatents,
     StandardConfig,
+    TopKConfig,
     Trainer,
     TrainerConfig,
     TranscoderConfig,
@@ -66,6 +68,15 @@ def test_figures_are_those_of_the_exported_dictionary(
     assert found["heldout_dead_share"] == pytest.approx(expected["dead_share"], abs=1 / 64)
     few = Heldout(store, hooks, SinkConfig(), {}, n_tokens=100).figures(trainer.whole(), trainer.normalisers)
     assert few["heldout_n_tokens"] == 100
+
+
+def test_sparse_decoding_is_the_dense_one() -> None:
+    sae = build(TopKConfig(d_in=16, d_sae=64, k=4), seed=0)
+    x = torch.randn(33, 16, generator=torch.Generator().manual_seed(0))
+    x[7] = -1e6 * sae.W_enc.detach().sum(dim=1)  # a token without an active latent, or with few
+    torch.testing.assert_close(decoded(sae, sae.encode_sparse(x), 33), sae.decode(sae.encode(x)), rtol=1e-5, atol=1e-2)
+    nothing = SparseLatents(*(torch.zeros(0, dtype=dtype) for dtype in (torch.int64, torch.int64, torch.float32)))
+    assert torch.equal(decoded(sae, nothing, 3), sae.b_dec.expand(3, -1))
 
 
 def trained(collected: Run, store: ActivationStore, out: Path, **train: Any) -> tuple[list[dict[str, Any]], RunDir]:
