@@ -6,6 +6,7 @@
     step_vs_encoder_gemm                          our TopK step over the fastest encoder product here: lower is better
     …_autocast                                    the same peer under bfloat16 autocast, where the processor has it
     …_16384                                       the same with 16,384 latents instead of 4,608
+    sweep_of_8_vs_8_runs                          eight small SAEs on one stream against eight runs (`train_sweep`)
 
 Same batches, batch size 4,096, d_in 576, k 32, equal threads; a run is `Trainer.fit` and the peer's own trainer for one
 or two steps. Quality at equal tokens is measured elsewhere: `fvu` and `fvu_best_peer` join the report in `main`, as
@@ -31,11 +32,12 @@ from sae.kernels.loops import usable
 from sae.kernels.select import multiplies_bf16
 from tests.benchmarks.harness import ROOT, Figure, Peer, PeerAbsent, Report, interleaved, timed
 from tests.benchmarks.train_setting import BATCH, D_IN, K, batches
+from tests.benchmarks.train_sweep import measure_sweep
 
 THREADS = os.cpu_count() or 1
 WIDTHS = {"": 4608, "_16384": 16384}
 FLOORS = {"saelens": 5.0, "dictionary_learning": 5.0, "sparsify": 2.0}
-PARTS = ("gemm", "saelens", "dictionary_learning", "sparsify", "wide", "profile")
+PARTS = ("gemm", "saelens", "dictionary_learning", "sparsify", "wide", "sweep", "profile")
 PEERS_SCRIPT = ROOT / "tests" / "benchmarks" / "train_peers.py"
 
 
@@ -154,6 +156,7 @@ def main() -> None:
         "dictionary_learning": lambda: narrow("dictionary_learning", "topk"),
         "sparsify": lambda: narrow("sparsify", "topk"),
         "wide": wide,
+        "sweep": lambda: measure_sweep(report, d_sae=288 if asked.quick else 576, n_steps=4, pairs=5, threads=THREADS),
         "profile": lambda: profile(report, 5),
     }
     for part in asked.only:
