@@ -27,6 +27,7 @@ from sae.architectures import empty
 from sae.base import SAE
 from sae.config import config_from_dict
 from sae.normalise import Normaliser
+from sae.trainer import folded
 
 SCHEMA_VERSION = 1
 _TENSORS, _STATE = "tensors.safetensors", "state.json"
@@ -118,10 +119,7 @@ def exported_sae(state: Mapping[str, Any]) -> SAE:
     sae = empty(config_from_dict(state["sae_config"]))
     sae.load_state_dict({name: state[f"sae.{name}"] for name in sae.state_dict()})
     scales = state["normaliser_scales"]
-    normalisers = [Normaliser(state[f"normaliser_shift.{i}"], torch.tensor(scale)) for i, scale in enumerate(scales)]
-    if not all(normaliser.is_identity for normaliser in normalisers):
-        sae.fold(normalisers)
-    return sae
+    return folded(sae, [Normaliser(state[f"normaliser_shift.{i}"], torch.tensor(s)) for i, s in enumerate(scales)])
 
 
 def checkpoints(directory: str | os.PathLike[str]) -> list[Path]:

@@ -65,7 +65,7 @@ class Heldout:
         step = max(1, _CHUNK // sae.d_sae)
         for low in range(0, n_tokens, step):
             raw = [part[low : low + step].to(device) for part in self._parts]
-            x, _ = sae.input_and_target([n.apply(part) for n, part in zip(trainer.normalisers, raw, strict=True)])
+            x, _ = sae.input_and_target([n.apply(part) for n, part in zip(normalisers, raw, strict=True)])
             latents = sae.encode_sparse(x)
             x_hat = decoded(sae, latents, len(x)) + sae.bypass(x)
             fvu.update(sae.input_and_target(raw)[1], x_hat / scale + shift)
