@@ -35,8 +35,8 @@ def train_worker(
         interrupted: asked after each step; once true on any rank, everything is saved and training ends.
     Returns: the last step's figures of each SAE.
     Raises:
-        ValueError: an SAE diverged, after the others were finished; or a batch cannot be used. The message names the
-            last good checkpoint.
+        DivergedError: an SAE diverged, after the others were finished; the message names its last good checkpoint.
+        ValueError: a batch cannot be used; every SAE is saved as it was before.
         Interrupted: see `interrupted`.
     """
     torch.set_num_threads(job.n_threads)
@@ -65,7 +65,7 @@ def train_worker(
             member.close()
     failures = {member.job.name: member.failure for member in members if member.failure is not None}
     if failures:
-        raise ValueError(_named(members, failures))
+        raise DivergedError(_named(members, failures))
     return {member.job.name: last_line(Path(member.job.checkpoints) / METRICS_FILE) for member in members}
 
 
