@@ -4,6 +4,7 @@ from sae.architectures import build
 from sae.attribution import Effects, attribute, exact_effects
 from sae.base import SAE, SAEOutput, SparseLatents
 from sae.batchtopk import BatchTopKSAE
+from sae.check import CheckReport, check
 from sae.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from sae.config import (
     BatchTopKConfig,
@@ -41,6 +42,7 @@ __all__ = [
     "Add",
     "BatchTopKConfig",
     "BatchTopKSAE",
+    "CheckReport",
     "Clamp",
     "Crosscoder",
     "CrosscoderConfig",
@@ -76,6 +78,7 @@ __all__ = [
     "attach",
     "attribute",
     "build",
+    "check",
     "config_from_dict",
     "exact_effects",
     "find_hook",

@@ -44,7 +44,7 @@ def test_identities_hold(lm: Any, dictionaries: dict[str, Dictionary], name: str
     clean = lm.model(**inputs).logits
     with dictionary.attach(lm.model, splice=True, error="keep", grad=True) as tap:
         kept = lm.model(**inputs).logits
-    assert float((kept - clean).abs().max()) <= 1e-4
+    assert float((kept - clean).detach().abs().max()) <= 1e-4
     latents, error = tap.latents.detach(), tap.error.detach()
     assert latents.count_nonzero() > 100
     with replace_activations(lm.model, HOOKS[name], lambda x: dictionary.decode(latents) + error):
