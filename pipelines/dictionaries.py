@@ -25,7 +25,12 @@ def import_dictionary(config: RunConfig, run: RunDir, name: str, store: Activati
     dictionary = load_source(config.dictionary, hook, store.spec.hook(hook).d_in)
     provenance = {
         **dictionary_provenance(config, store, hook),
-        "imported_from": dictionary.provenance or config.dictionary.path,
+        "imported_from": {
+            **dictionary.metadata,
+            **dictionary.provenance,
+            "path": config.dictionary.path,
+            "metrics": dictionary.metrics,
+        },
     }
     Dictionary(dictionary.sae, hook_name=hook, metadata=saelens_metadata(provenance)).save(
         run.trained(name), provenance=provenance, overwrite=True

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from pipelines.check import warn_of_misfit
 from pipelines.collect import open_store
 from pipelines.config import EvaluateConfig, RunConfig
 from pipelines.dictionaries import load_trained, stored_input, stored_target
@@ -38,6 +39,7 @@ def evaluate(config: RunConfig, run: RunDir, ui: Reporter) -> dict[str, dict[str
     figures = {}
     for name in config.saes:
         dictionary = load_trained(run, name)
+        warn_of_misfit(config, run, name, dictionary, lm, ui)
         with ui.stage("evaluate", total=total, unit="tokens") as bar:
             multiple, selection = config.sinks.multiple, config.selection("evaluate")
             figures[name] = evaluate_reconstruction(

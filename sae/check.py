@@ -32,7 +32,8 @@ _PLAUSIBLE_FVU = 0.6
 _L0_FACTOR, _NORM_FACTOR = 3.0, 1.5
 """L0 and the median norm are off where they differ from the recorded ones by more than these factors."""
 _BETTER = 0.75
-"""A mistake explains a misfit if it lowers that product to this share, at least."""
+"""A mistake explains a misfit if it lowers that product to this share, at least, and by `_LEAST`."""
+_LEAST = 0.02
 
 
 @dataclass(frozen=True)
@@ -231,24 +232,29 @@ def _fit(dictionary: Dictionary, hypothesis: str, x: Tensor, y: Tensor, sink_mul
 
 
 def _origin(dictionary: Dictionary) -> Mapping[str, Any]:
-    """The provenance of whoever trained it: an imported dictionary carries it inside of its own."""
+    """What whoever trained it recorded: an imported dictionary carries that inside of its own provenance."""
     before = dictionary.provenance.get("imported_from")
-    return before if isinstance(before, Mapping) else dictionary.provenance
+    if isinstance(before, Mapping):
+        return before
+    return {**dictionary.metadata, **dictionary.provenance, "metrics": dictionary.metrics}
 
 
 def _prepends_bos(dictionary: Dictionary) -> bool:
-    packing = _origin(dictionary).get("packing")
+    """Whether it was trained with BOS; so it was, as a rule, where that is not recorded."""
+    origin = _origin(dictionary)
+    packing = origin.get("packing")
     if isinstance(packing, Mapping) and "prepend_bos" in packing:
         return bool(packing["prepend_bos"])
-    return bool(dictionary.metadata.get("prepend_bos", True))
+    return bool(origin.get("prepend_bos", True))
 
 
 def _recorded(dictionary: Dictionary) -> dict[str, float]:
-    metadata, metrics = dictionary.metadata, dictionary.metrics
+    origin = _origin(dictionary)
+    metrics = origin.get("metrics") or {}
     found = {
         "fvu": metrics.get("fvu"),
-        "l0": metrics.get("l0") or metadata.get("l0") or getattr(dictionary.config, "k", None),
-        "norm": _origin(dictionary).get("median_norm"),
+        "l0": metrics.get("l0") or origin.get("l0") or getattr(dictionary.config, "k", None),
+        "norm": origin.get("median_norm"),
     }
     return {name: float(value) for name, value in found.items() if isinstance(value, int | float)}
 
@@ -291,7 +297,8 @@ def _verdict(
     hook = ", ".join(dictionary.hook_names)
     ranked = tuple(sorted(others, key=lambda fit: _score(fit, recorded)))
     # Of nearly equal ones the first: hooks come before conventions.
-    good_enough = min(_BETTER * _score(own, recorded), 1.05 * min(_score(fit, recorded) for fit in others))
+    score = _score(own, recorded)
+    good_enough = min(_BETTER * score, score - _LEAST, 1.05 * min(_score(fit, recorded) for fit in others))
     plausible = [fit for fit in others if fit.fvu <= max(_PLAUSIBLE_FVU, _fvu_limit(recorded))]
     best = next((fit for fit in plausible if _score(fit, recorded) <= good_enough), None)
     ok = not ({"fvu", "l0"} & set(off)) and best is None
@@ -306,7 +313,7 @@ def _verdict(
         cause = best.hypothesis
         sentence = f"{begin} It looks as if {cause}: FVU would be {best.fvu:.3g} and L0 {best.l0:.3g}."
         return CheckReport(hook, own, recorded, off, ranked, cause, False, sentence)
-    trained_on = _origin(dictionary).get("model_name") or dictionary.metadata.get("model_name")
+    trained_on = _origin(dictionary).get("model_name")
     if trained_on and model_name and _short(str(trained_on)) != _short(model_name):
         cause = f"it was trained on {trained_on}, and this model is {model_name}"
         if _stem(str(trained_on)) == _stem(model_name):

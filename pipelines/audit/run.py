@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from pipelines.audit.concepts import Concept, ConceptError, Example, examples_of, load_concept, topic_examples
 from pipelines.audit.result import AuditResult
 from pipelines.audit.stage import AuditSettings, audit_concept
+from pipelines.check import warn_of_misfit
 from pipelines.collect import open_store
 from pipelines.config import RunConfig
 from pipelines.configfiles import concept_path
@@ -44,6 +45,7 @@ def audit(config: RunConfig, run: RunDir, ui: Reporter) -> dict[str, dict[str, A
     verdicts = {}
     for name in config.saes:
         dictionary = load_trained(run, name)
+        warn_of_misfit(config, run, name, dictionary, lm, ui)
         auditor = _Auditor(config, run, name, dictionary, store, lm, documents)
         with ui.stage("audit", total=len(concepts), unit="concepts") as bar:
             for path, concept in concepts:

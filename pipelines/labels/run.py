@@ -4,6 +4,7 @@ import shutil
 from dataclasses import asdict
 from typing import Any
 
+from pipelines.check import warn_of_misfit
 from pipelines.collect import open_store
 from pipelines.config import RunConfig
 from pipelines.dictionaries import load_trained
@@ -28,6 +29,7 @@ def label(config: RunConfig, run: RunDir, ui: Reporter) -> dict[str, dict[str, A
     figures = {}
     for name in config.saes:
         dictionary = load_trained(run, name)
+        warn_of_misfit(config, run, name, dictionary, lm, ui)
         latents = compute_latents(
             store,
             dictionary,

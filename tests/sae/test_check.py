@@ -93,7 +93,7 @@ def test_centred_weights_are_named(llama: Any, texts: Tensor) -> None:
     """Trained on a residual stream without its mean, where the shift is large enough to matter."""
     shift = 30 * torch.ones(32)
     with replace_activations(llama, HOOK, lambda x: x - x.mean(-1, keepdim=True)):
-        centred = trained(llama, HOOK, d_in=32, vocab=300, n_steps=200)
+        centred = trained(llama, HOOK, d_in=32, vocab=300)
     with replace_activations(llama, HOOK, lambda x: x + shift * x.norm(dim=-1, keepdim=True) / 60):
         report = check(centred, llama, texts)
     assert report.cause is not None
@@ -130,7 +130,7 @@ def trained_with_bos(model: Any) -> Dictionary:
         def forward(self, input_ids: Tensor) -> Any:
             return model(torch.nn.functional.pad(input_ids, (1, 0), value=0))
 
-    return trained(Prepending(), HOOK, d_in=32, vocab=300, n_steps=200)
+    return trained(Prepending(), HOOK, d_in=32, vocab=300)
 
 
 def test_another_model_is_suspected_by_its_name(llama: Any, fitting: Dictionary, texts: Tensor) -> None:
