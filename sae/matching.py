@@ -16,10 +16,15 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sae.base import SparseLatents
+
 if TYPE_CHECKING:
     from sae.dictionary import Dictionary
 
-_TOKENS = 4096
+_TOKENS = 16_384
+"""Tokens whose products are summed at a time."""
+_DENSE_SHARE = 0.01
+"""Share of all pairs that are active together above which a dense product is the faster one."""
 
 
 class Matching(NamedTuple):
@@ -79,24 +84,46 @@ def correlation_matrix(
     Raises: ValueError if there are fewer than two tokens.
     """
     n = 0
-    sums = [torch.zeros(d.d_sae, dtype=torch.float64) for d in (a, b)]
-    squares = [torch.zeros(d.d_sae, dtype=torch.float64) for d in (a, b)]
-    products = torch.zeros(a.d_sae, b.d_sae, dtype=torch.float64)
+    sums = [np.zeros(d.d_sae) for d in (a, b)]
+    squares = [np.zeros(d.d_sae) for d in (a, b)]
+    products = np.zeros((a.d_sae, b.d_sae))
     for batch in activations:
         for x in torch.split(batch, _TOKENS):
-            acts = [d.encode(x).float().cpu() for d in (a, b)]
             n += len(x)
-            for i, latents in enumerate(acts):
-                sums[i] += latents.sum(dim=0, dtype=torch.float64)
-                squares[i] += latents.square().sum(dim=0, dtype=torch.float64)
-            products += acts[0].t() @ acts[1]
+            found = [d.encode_sparse(x) for d in (a, b)]
+            for i, (d, latents) in enumerate(zip((a, b), found, strict=True)):
+                index, value = latents.latent.cpu().numpy(), latents.value.double().cpu().numpy()
+                sums[i] += np.bincount(index, value, d.d_sae)
+                squares[i] += np.bincount(index, value**2, d.d_sae)
+            products += _products(found[0], found[1], len(x), products.shape)
     if n < 2:
         raise ValueError(f"A correlation needs at least two tokens, got {n}. Pass more activations.")
     means = [total / n for total in sums]
-    deviations = [(square / n - mean.square()).clamp_min(0).sqrt() for square, mean in zip(squares, means, strict=True)]
-    covariance = products.div_(n).sub_(torch.outer(means[0], means[1]))
-    scale = torch.outer(*deviations)
-    return torch.where(scale > 0, covariance / scale, 0.0).float().numpy()
+    deviations = [np.sqrt(np.maximum(square / n - mean**2, 0)) for square, mean in zip(squares, means, strict=True)]
+    covariance = products / n - np.outer(means[0], means[1])
+    scale = np.outer(*deviations)
+    return np.divide(covariance, scale, out=np.zeros_like(scale), where=scale > 0).astype(np.float32)
+
+
+def _products(
+    a: SparseLatents, b: SparseLatents, n_tokens: int, shape: tuple[int, ...]
+) -> Float[np.ndarray, "d_sae_a d_sae_b"]:
+    """Σ_tokens a_i b_j: over the pairs that are active together, or, where those are many, as a dense product."""
+    from scipy.sparse import csr_array
+
+    matrices = [
+        csr_array(
+            (part.value.double().cpu().numpy(), (part.row.cpu().numpy(), part.latent.cpu().numpy())),
+            shape=(n_tokens, width),
+        )
+        for part, width in zip((a, b), shape, strict=True)
+    ]
+    pairs = len(a.row) * len(b.row) / max(1, n_tokens)
+    if pairs > _DENSE_SHARE * n_tokens * shape[0] * shape[1]:
+        dense: NDArray[np.float64] = matrices[0].toarray().T @ matrices[1].toarray()
+        return dense
+    sparse: NDArray[np.float64] = (matrices[0].T @ matrices[1]).toarray()
+    return sparse
 
 
 def _directions(W_dec: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "d_sae d_in"]:

@@ -10,10 +10,17 @@ from sae.objective import StepContext, StepLosses
 from sae.sparse_objective import select_topk, sparse_losses, training_encoder
 
 
-def keep_topk(pre_acts: Float[Tensor, "*batch d_sae"], k: int) -> Float[Tensor, "*batch d_sae"]:
-    """The k largest entries of each row where positive, zero elsewhere."""
+def keep_topk(
+    pre_acts: Float[Tensor, "*batch d_sae"], k: int, *, in_place: bool = False
+) -> Float[Tensor, "*batch d_sae"]:
+    """The k largest entries of each row where positive, zero elsewhere.
+
+    Args:
+        in_place: use the memory of `pre_acts`, which must not be part of a graph, for the result.
+    """
     values, indices = pre_acts.topk(k, dim=-1, sorted=False)
-    return torch.zeros_like(pre_acts).scatter_(-1, indices, values.relu())
+    kept = pre_acts.zero_() if in_place else torch.zeros_like(pre_acts)
+    return kept.scatter_(-1, indices, values.relu())
 
 
 class TopKSAE(SAE):
@@ -35,6 +42,10 @@ class TopKSAE(SAE):
     def activate(self, pre_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
         """The k largest pre-activations of each token where positive, zero elsewhere; at most k nonzero per token."""
         return keep_topk(pre_acts, self.config.k)
+
+    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+        """See `SAE.encode`."""
+        return keep_topk(self.pre_acts(x), self.config.k, in_place=not torch.is_grad_enabled())
 
     def _sparse_block(self, x: Float[Tensor, "batch d_in"]) -> SparseLatents:
         values, latents = self.pre_acts(x).topk(self.config.k, dim=-1, sorted=False)

@@ -216,7 +216,9 @@ def test_match_is_one_to_one_where_nearest_neighbours_collide() -> None:
     assert matching.latent_b.tolist() == [2, 0]
 
 
-def test_correlations_are_those_of_numpy() -> None:
+@pytest.mark.parametrize("dense_share", [0.0, 1.0], ids=["dense", "sparse"])
+def test_correlations_are_those_of_numpy(dense_share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sae.matching._DENSE_SHARE", dense_share)
     a, b = Dictionary(random_sae(EVERY["gated"])), Dictionary(random_sae(EVERY["batchtopk"], seed=9))
     x = x_of(a.config, 300)
     with torch.no_grad():
