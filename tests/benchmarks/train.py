@@ -4,6 +4,7 @@
     topk_vs_dictionary_learning                   dictionary_learning, float32, its default
     topk_vs_sparsify                              sparsify, float32, its default on a CPU, default optimizer
     step_vs_encoder_gemm                          our TopK step over the fastest encoder product here: lower is better
+    data_…, features_…                            two ranks against one process, and what they send: see `train_ranks`
     …_autocast                                    the same peer under bfloat16 autocast, where the processor has it
     …_16384                                       the same with 16,384 latents instead of 4,608
     sweep_of_8_vs_8_runs                          eight small SAEs on one stream against eight runs (`train_sweep`)
@@ -30,6 +31,7 @@ import torch
 from sae import BatchTopKConfig, StepMetrics, TopKConfig, Trainer, TrainerConfig, build
 from sae.kernels.loops import usable
 from sae.kernels.select import multiplies_bf16
+from tests.benchmarks import train_ranks
 from tests.benchmarks.harness import ROOT, Figure, Peer, PeerAbsent, Report, interleaved, timed
 from tests.benchmarks.train_setting import BATCH, D_IN, K, batches
 from tests.benchmarks.train_sweep import measure_sweep
@@ -37,7 +39,7 @@ from tests.benchmarks.train_sweep import measure_sweep
 THREADS = os.cpu_count() or 1
 WIDTHS = {"": 4608, "_16384": 16384}
 FLOORS = {"saelens": 5.0, "dictionary_learning": 5.0, "sparsify": 2.0}
-PARTS = ("gemm", "saelens", "dictionary_learning", "sparsify", "wide", "sweep", "profile")
+PARTS = ("gemm", "saelens", "dictionary_learning", "sparsify", "wide", "sweep", "ranks", "profile")
 PEERS_SCRIPT = ROOT / "tests" / "benchmarks" / "train_peers.py"
 
 
@@ -135,6 +137,7 @@ def main() -> None:
     asked = parser.parse_args()
     if asked.quick:
         WIDTHS.update({"": 256, "_16384": 512})
+        train_ranks.WIDTHS.update(WIDTHS)
     torch.set_num_threads(THREADS)
     report = Report("train", "A training step against the peers' and against the encoder's product", THREADS)
     report.facts["setting"] = f"d_in {D_IN}, d_sae 4,608 (and 16,384), k {K}, batch {BATCH}, float32 weights"
@@ -150,13 +153,14 @@ def main() -> None:
         for architecture in architectures:
             measure_peer(report, peer, architecture, "", 5)
 
-    parts: dict[str, Callable[[], None]] = {
+    parts: dict[str, Callable[[], object]] = {
         "gemm": lambda: measure_gemm(report, "", 7),
         "saelens": lambda: narrow("saelens", "topk", "batchtopk"),
         "dictionary_learning": lambda: narrow("dictionary_learning", "topk"),
         "sparsify": lambda: narrow("sparsify", "topk"),
         "wide": wide,
         "sweep": lambda: measure_sweep(report, d_sae=288 if asked.quick else 576, n_steps=4, pairs=5, threads=THREADS),
+        "ranks": lambda: [train_ranks.measure(report, name, "", 5, 2) for name in train_ranks.ARCHITECTURES],
         "profile": lambda: profile(report, 5),
     }
     for part in asked.only:
