@@ -114,18 +114,28 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("saved")
 
 
-@pytest.fixture(scope="module")
-def one(saved: Path) -> dict[str, dict[str, Any]]:
-    results = {}
-    for architecture in ARCHITECTURES:
+class OneProcess(dict[str, dict[str, Any]]):
+    """What one process finds, by architecture; trained when first asked for."""
+
+    def __init__(self, saved: Path) -> None:
+        super().__init__()
+        self.saved = saved
+
+    def __missing__(self, architecture: str) -> dict[str, Any]:
         run = Run(architecture, "data")
 
-        def on_step(step: int, run: Run = run, architecture: str = architecture) -> None:
+        def on_step(step: int) -> None:
             if step == HALF:
-                save_checkpoint(saved / architecture, step, run.trainer.state_dict())
+                save_checkpoint(self.saved / architecture, step, run.trainer.state_dict())
 
-        results[architecture] = {"run": run.fit(on_step=on_step), "step": one_step_from(saved, architecture, "data")}
-    return results
+        whole = run.fit(on_step=on_step)
+        self[architecture] = {"run": whole, "step": one_step_from(self.saved, architecture, "data")}
+        return self[architecture]
+
+
+@pytest.fixture(scope="module")
+def one(saved: Path) -> OneProcess:
+    return OneProcess(saved)
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +143,8 @@ def two(
     one: dict[str, dict[str, Any]], saved: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, list[dict[str, Any]]]:
     """By architecture and layout, what each rank found."""
+    for architecture in ARCHITECTURES:
+        assert one[architecture], "saved before the ranks go on from it"
     ranks = run_ranks(in_float32, 2, tmp_path_factory.mktemp("two"), saved)
     return {name: [rank[name] for rank in ranks] for name in ranks[0]}
 
