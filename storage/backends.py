@@ -216,10 +216,13 @@ class LocalBackend:
 
     def map(self, key: str) -> NDArray[np.uint8]:
         try:
-            with open(self.root / key, "rb") as file:
-                if os.fstat(file.fileno()).st_size == 0:
+            descriptor = os.open(f"{self.root}/{key}", os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            try:
+                if os.fstat(descriptor).st_size == 0:
                     return np.empty(0, np.uint8)
-                return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+                return np.frombuffer(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ), np.uint8)
+            finally:
+                os.close(descriptor)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise NotFoundError(f"There must be a file at {self.location(key)}, but there is none.") from error
 

@@ -3,14 +3,16 @@ first use; else by fetching the chunks that are touched, each tested whenever it
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,14 +29,25 @@ MAX_KEPT_CHUNKS = 2
 WORTH_A_THREAD = 256 * 2**10
 """Bytes to be copied beside which a checksum is tested by a second thread; for fewer the handing over costs more."""
 
+Chunk = tuple[int, int]
+"""Number of a file, and of a chunk in it."""
+
 
 @cache
-def _checker() -> ThreadPoolExecutor:
+def _helper() -> ThreadPoolExecutor:
     """One thread of this process that tests checksums beside copies; both run without Python's lock."""
-    return ThreadPoolExecutor(1, "checksums")
+    return ThreadPoolExecutor(1, "row-reader")
 
 
-os.register_at_fork(after_in_child=_checker.cache_clear)  # a child has none of its parent's threads
+def _after_fork() -> None:
+    """A child has none of its parent's threads, nor what they were doing."""
+    _helper.cache_clear()
+    for reader in _readers:
+        reader.drop_tests()
+
+
+_readers: WeakSet[RowReader] = WeakSet()
+os.register_at_fork(after_in_child=_after_fork)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +74,16 @@ class RowReader:
         self._lock = threading.Lock()
         slots = array.rows_per_file // array.rows_per_chunk
         self._verified = np.zeros((array.n_files, slots), bool) if verify else None
+        self._tests: dict[Chunk, Future[None]] = {}
+        """Tests that the second thread was given and that were not seen to succeed."""
+        self._expected_start = -1
+        """Where the next read begins if rows are read in order."""
+        self._opened_ahead = -1
+        _readers.add(self)
+
+    def drop_tests(self) -> None:
+        """Forget what the second thread was asked to do: its tests will be made anew."""
+        self._tests.clear()
 
     def read(self, start: int, stop: int, out: NDArray[Any] | None = None) -> NDArray[Any]:
         """Rows [start, stop), copied into `out` (same dtype and shape) or a new array. Checksums are tested while the
@@ -72,23 +95,46 @@ class RowReader:
         self._check_range(start, stop)
         if out is None:
             out = np.empty((stop - start, *self.array.shape[1:]), self.array.dtype)
-        testing: list[Future[None]] = []
-        row, row_bytes = 0, self.array.chunk_bytes // self.array.rows_per_chunk
-        for file, chunk, first, last in self._touched(start, stop):
-            beside = testing if (last - first) * row_bytes >= WORTH_A_THREAD else None
-            rows = self._chunk(file, chunk, beside)[first:last]
+        touched = list(self._touched(start, stop))
+        beside = self._begin(touched, start, stop) if out.nbytes >= WORTH_A_THREAD else False
+        row = 0
+        for file, chunk, first, last in touched:
+            rows = self._chunk(file, chunk, tested_beside=beside)[first:last]
             out[row : row + len(rows)] = rows
             row += len(rows)
-        for test in testing:
-            test.result()
+        if beside:
+            for file, chunk, _, _ in touched:
+                self._tested(file, chunk)
         return out
+
+    def _begin(self, touched: Sequence[tuple[int, int, int, int]], start: int, stop: int) -> bool:
+        """Give the second thread the checksums of a large read, and what the next one will need if this is one of many
+        in order. Returns whether there are checksums to wait for."""
+        in_order, self._expected_start = start == self._expected_start, stop
+        if self.array.compressed or not self._is_mapped(touched[0][0]):
+            return False
+        if self._verified is not None:
+            for file, chunk, _, _ in touched:
+                self._test_beside(file, chunk)
+        if in_order:
+            following = touched[-1][0] + 1
+            if following < self.array.n_files and following != self._opened_ahead:
+                self._opened_ahead = following
+                _helper().submit(self._open_ahead, following)
+            if self._verified is not None:
+                self._test_ahead(stop, 2 * (stop - start))
+        return self._verified is not None
+
+    def _open_ahead(self, file: int) -> None:
+        with contextlib.suppress(CorruptionError):  # told when it is read
+            self._file(file)
 
     def pieces(self, start: int, stop: int) -> Iterator[NDArray[Any]]:
         """Rows [start, stop) in pieces of at most a chunk, in order; not copied where the file is mapped, and not to be
         written to. Raises as `read` does."""
         self._check_range(start, stop)
         for file, chunk, first, last in self._touched(start, stop):
-            yield self._chunk(file, chunk)[first:last]
+            yield self._chunk(file, chunk, tested_beside=False)[first:last]
 
     def _touched(self, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
         """File, chunk and rows of the chunk, for each chunk that holds some of the rows."""
@@ -111,8 +157,22 @@ class RowReader:
         if not 0 <= start <= stop <= self.array.shape[0]:
             raise ValueError(f"Rows of {self.array.key} must lie in [0, {self.array.shape[0]}], got [{start}, {stop}).")
 
-    def _chunk(self, file: int, chunk: int, testing: list[Future[None]] | None = None) -> NDArray[Any]:
-        """A chunk's rows. With `testing`, the checksum may still be under test by what is added to that list."""
+    def _chunk(self, file: int, chunk: int, *, tested_beside: bool) -> NDArray[Any]:
+        """A chunk's rows; if a second thread tests checksums, `_tested` must be called before they are used."""
+        if self.array.compressed:
+            return self._decompressed(file, chunk)
+        stored = self._stored(file, chunk) if tested_beside else self._sound(file, chunk)
+        return stored[:-CHECKSUM_BYTES].view(self.array.dtype).reshape(self.array.chunk_shape)
+
+    def _sound(self, file: int, chunk: int) -> NDArray[np.uint8]:
+        """A chunk as it is stored, once its checksum is tested."""
+        stored = self._stored(file, chunk)
+        if self._verified is not None and not self._verified[file, chunk]:
+            self._test(file, chunk, stored)
+        return stored
+
+    def _stored(self, file: int, chunk: int) -> NDArray[np.uint8]:
+        """A chunk as it is stored, with its checksum, which is not tested here."""
         array = self.array
         mapped = self._file(file)
         offset, length = mapped.chunks[chunk]
@@ -122,44 +182,53 @@ class RowReader:
                 f"chunk {chunk} must have {array.stored_chunk_bytes} bytes inside of the file, "
                 f"but the index says {length} at {offset}",
             )
-        if array.compressed:
-            return self._decompressed(file, chunk, mapped, offset, length)
-        stored = self._stored(file, chunk, mapped, offset, length, testing)
-        return stored.view(array.dtype).reshape(array.chunk_shape)
+        return mapped.data[offset : offset + length]
 
-    def _stored(
-        self,
-        file: int,
-        chunk: int,
-        mapped: _MappedFile,
-        offset: int,
-        length: int,
-        testing: list[Future[None]] | None = None,
-    ) -> NDArray[np.uint8]:
-        """A chunk as it is stored, without its checksum, once that is tested, or being tested (see `_chunk`)."""
-        stored = mapped.data[offset : offset + length]
-        if self._verified is not None and not self._verified[file, chunk]:
-            stays = isinstance(mapped.data, np.ndarray)  # what is fetched again is tested again
-            if testing is not None and stays:
-                testing.append(_checker().submit(self._test, file, chunk, stored, stays))
-            else:
-                self._test(file, chunk, stored, stays)
-        return stored[: length - CHECKSUM_BYTES]
+    def _test_beside(self, file: int, chunk: int) -> None:
+        """Have a second thread test a chunk, unless that was done or asked for already."""
+        assert self._verified is not None
+        if self._verified[file, chunk] or (file, chunk) in self._tests:
+            return
+        test = self._tests[file, chunk] = _helper().submit(self._test, file, chunk, self._stored(file, chunk))
+        test.add_done_callback(
+            lambda done: done.cancelled() or done.exception() or self._tests.pop((file, chunk), None)
+        )
 
-    def _test(self, file: int, chunk: int, stored: NDArray[np.uint8], stays: bool) -> None:
+    def _tested(self, file: int, chunk: int) -> None:
+        """Wait until a chunk is tested. Raises CorruptionError if it is not what was stored."""
+        test = self._tests.get((file, chunk))
+        if test is None or test.cancel():
+            self._tests.pop((file, chunk), None)
+            self._sound(file, chunk)  # the second thread is behind, or another saw, and took away, a test that failed
+            return
+        try:
+            test.result()
+        finally:
+            self._tests.pop((file, chunk), None)
+
+    def _test_ahead(self, start: int, n_rows: int) -> None:
+        """Begin to test what will be read next, as far as it can be; what is wrong there is told when it is read."""
+        with contextlib.suppress(CorruptionError):
+            for file, chunk, _, _ in self._touched(start, min(start + n_rows, self.array.shape[0])):
+                self._test_beside(file, chunk)
+
+    def _test(self, file: int, chunk: int, stored: NDArray[np.uint8]) -> None:
         if crc32c(stored[:-CHECKSUM_BYTES]) != stored[-CHECKSUM_BYTES:].tobytes():
             raise self._corrupt(file, f"chunk {chunk} must match its checksum, but it does not")
         assert self._verified is not None
-        self._verified[file, chunk] = stays
+        self._verified[file, chunk] = self._is_mapped(file)  # what is fetched again is tested again
 
-    def _decompressed(self, file: int, chunk: int, mapped: _MappedFile, offset: int, length: int) -> NDArray[Any]:
+    def _is_mapped(self, file: int) -> bool:
+        return isinstance(self._file(file).data, np.ndarray)
+
+    def _decompressed(self, file: int, chunk: int) -> NDArray[Any]:
         """A compressed chunk's rows. The last few are kept, since contexts of one chunk are often read in turn."""
         with self._lock:
             kept = self._kept.pop((file, chunk), None)
         if kept is None:
             kept = np.empty(self.array.chunk_shape, self.array.dtype)
             try:
-                decompress(self._stored(file, chunk, mapped, offset, length), kept)
+                decompress(self._sound(file, chunk)[:-CHECKSUM_BYTES], kept)
             except ValueError as error:
                 raise self._corrupt(file, f"chunk {chunk} must decompress: {error}") from error
         with self._lock:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 N_STREAMS = 16
 """Default number of streams: divisible by 1, 2, 4, 8 and 16 ranks."""
 LOADER_THREADS = 2
-"""Threads that move rows of different streams; the copies run without Python's lock, the checksums do not."""
+"""Threads that test and move rows of different streams, both without Python's lock."""
 
 
 @dataclass(eq=False)
