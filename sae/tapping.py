@@ -238,6 +238,11 @@ class _Attachment:
                 f"The activations at {', '.join(self._hook_names)} must have width d_in={d_in}, got shape "
                 f"{tuple(x.shape)}. Attach to the hook and the model that this SAE was trained on."
             )
+        if x.device != self._sae.W_dec.device:
+            raise ValueError(
+                f"The SAE must be where the activations are, on {x.device}, but it is on {self._sae.W_dec.device}. "
+                "Move it there with `.to(…)`."
+            )
         tokens = self._watch.tokens(tuple(lead), x.device)
         seen = x.reshape(*tokens.shape, d_in)
         excluded = excluded_tokens(self._exclude, seen.detach(), tokens)

@@ -112,6 +112,8 @@ class Watch:
         real = None if mask is None else mask[:, -seq:].bool()
         if real is not None and real.device.type == "cpu" and bool(real.all()):
             real = None
+        # A model spread over devices is called on one and runs its layers on others.
+        ids, real, position = (None if each is None else each.to(device) for each in (ids, real, position))
         return Tokens(two, device, start, ids, real, position)
 
 

@@ -60,7 +60,7 @@ def _hooks(name: str, transcodes: bool) -> tuple[str, ...]:
         return ()
     layer, part = found.groups()
     if transcodes:
-        return (f"blocks.{layer}.hook_mlp_in", f"blocks.{layer}.hook_mlp_out") if part == "mlp" else ()
+        return (f"blocks.{layer}.mlp.hook_in", f"blocks.{layer}.hook_mlp_out") if part == "mlp" else ()
     site = {None: "hook_resid_post", "mlp": "hook_mlp_out"}.get(part, "hook_attn_out")
     return (f"blocks.{layer}.{site}",)
 

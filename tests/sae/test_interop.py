@@ -85,7 +85,7 @@ def test_the_peers_that_are_installed_still_write_and_compute_that(tmp_path: Pat
         ("dictionary_learning-BatchTopKSAE", ("blocks.2.hook_resid_post",)),
         ("sparsify-topk", ("blocks.10.hook_resid_post",)),
         ("sparsify-skip", ("blocks.4.hook_mlp_out",)),
-        ("sparsify-transcoder", ("blocks.3.hook_mlp_in", "blocks.3.hook_mlp_out")),
+        ("sparsify-transcoder", ("blocks.3.mlp.hook_in", "blocks.3.hook_mlp_out")),
         ("gemma_scope", ("blocks.12.hook_resid_post",)),
         ("gemma_scope-embedding", ("hook_embed",)),
         ("gemma_scope-transcoder", ("blocks.12.ln2.hook_normalized", "blocks.12.hook_mlp_out")),

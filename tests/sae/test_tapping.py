@@ -326,6 +326,9 @@ def test_attach_refuses_another_width_an_unknown_latent_and_wrong_options() -> N
     # A run-time type checker may refuse this before we do.
     with pytest.raises((ValueError, TypeError), match="lose"):
         attach(model, sae, HOOK, error="lose").__enter__()  # type: ignore[arg-type]
+    elsewhere = small_sae().to("meta")
+    with attach(model, elsewhere, HOOK), pytest.raises(ValueError, match="on cpu, but it is on meta"):
+        model(X)
     with pytest.raises(TypeError, match="got dict"):
         attach({}, sae, HOOK).__enter__()
 
