@@ -213,6 +213,39 @@ def publish(
     print(f"published {url}")
 
 
+@app.command()
+@told_plainly
+def dashboards(
+    run_directory: Annotated[Path, typer.Argument(help="A run that is labelled and exported.")],
+    to: Annotated[Path, typer.Option(help="Folder to write.")],
+    model_id: Annotated[str, typer.Option(help="The viewer's name of the model, such as gpt2-small.")],
+    source_set: Annotated[str, typer.Option(help="Short name of dictionaries of this kind, such as res-4k.")],
+    viewer: Annotated[str, typer.Option("--for", help="neuronpedia or saedashboard.")] = "neuronpedia",
+    sae: Annotated[str | None, typer.Option(help="Which SAE; needed if the run has several.")] = None,
+    creator_id: Annotated[str, typer.Option(help="Of the Neuronpedia account that imports.")] = "",
+) -> None:
+    """Write a dictionary's features and contexts for Neuronpedia or SAEDashboard."""
+    if viewer not in ("neuronpedia", "saedashboard"):
+        raise UsageError(f"--for must be neuronpedia or saedashboard, got {viewer!r}")
+    _quiet_libraries()
+    from datetime import UTC, datetime
+
+    from pipelines.dashboards import Publication, write_neuronpedia, write_saedashboard
+    from pipelines.models import language_model_of
+
+    opened = _open(str(run_directory), None, [])
+    if sae is None and len(opened.config.saes) > 1:
+        raise UsageError(f"the run has several SAEs: choose one with --sae, from {', '.join(opened.config.saes)}")
+    folder = opened.dir.dictionary(sae or next(iter(opened.config.saes)))
+    if not folder.exists():
+        raise RunError(f"{folder} is not there yet: run `sae export {run_directory}` first")
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    publication = Publication(model_id=model_id, source_set=source_set, creator_id=creator_id, created=now)
+    write = write_neuronpedia if viewer == "neuronpedia" else write_saedashboard
+    write(folder, to, language_model_of(run_directory), publication)
+    print(f"wrote {to}")
+
+
 # -- looking -----------------------------------------------------------------------------------------------------------
 
 
