@@ -29,6 +29,7 @@ def import_dictionary(config: RunConfig, run: RunDir, name: str, store: Activati
             **dictionary.metadata,
             **dictionary.provenance,
             "path": config.dictionary.path,
+            "hook_names": list(dictionary.hook_names),
             "metrics": dictionary.metrics,
         },
     }

@@ -22,7 +22,7 @@ from torch import Tensor
 from sae.dictionary import Dictionary
 from sae.hooks import replace_activations
 from sae.metrics import FVU
-from sae.naming import find_hook, split_hook_name
+from sae.naming import find_hook, place_of, split_hook_name
 from sae.tokennorm import normalise_tokens
 
 _WORSE, _SLACK = 1.5, 0.1
@@ -239,6 +239,17 @@ def _origin(dictionary: Dictionary) -> Mapping[str, Any]:
     return {**dictionary.metadata, **dictionary.provenance, "metrics": dictionary.metrics}
 
 
+def _recorded_hooks(dictionary: Dictionary) -> tuple[str, ...]:
+    """The hooks that it was trained on by its own record, where those are other places than its hooks now."""
+    recorded = tuple(str(name) for name in _origin(dictionary).get("hook_names") or ())
+    same = tuple(map(_place, recorded)) == tuple(map(_place, dictionary.hook_names))
+    return () if same else recorded
+
+
+def _place(hook_name: str) -> Any:
+    return place_of(hook_name) or hook_name.removesuffix(":output")
+
+
 def _prepends_bos(dictionary: Dictionary) -> bool:
     """Whether it was trained with BOS; so it was, as a rule, where that is not recorded."""
     origin = _origin(dictionary)
@@ -301,7 +312,8 @@ def _verdict(
     good_enough = min(_BETTER * score, score - _LEAST, 1.05 * min(_score(fit, recorded) for fit in others))
     plausible = [fit for fit in others if fit.fvu <= max(_PLAUSIBLE_FVU, _fvu_limit(recorded))]
     best = next((fit for fit in plausible if _score(fit, recorded) <= good_enough), None)
-    ok = not ({"fvu", "l0"} & set(off)) and best is None
+    elsewhere = _recorded_hooks(dictionary)
+    ok = not ({"fvu", "l0"} & set(off)) and best is None and not elsewhere
     figures = ", ".join(
         f"{title} {value:.3g}" + (f" (recorded {recorded[name]:.3g})" if name in recorded else "")
         for name, title, value in (("fvu", "FVU", own.fvu), ("l0", "L0", own.l0), ("norm", "median norm", own.norm))
@@ -309,6 +321,9 @@ def _verdict(
     if ok:
         return CheckReport(hook, own, recorded, off, ranked, None, True, f"The dictionary fits {hook}: {figures}.")
     begin = f"The dictionary does not fit {hook}: {figures}."
+    if elsewhere:
+        cause = f"it was trained on {', '.join(elsewhere)}, as it records"
+        return CheckReport(hook, own, recorded, off, ranked, cause, False, f"{begin} The reason is that {cause}.")
     if best is not None:
         cause = best.hypothesis
         sentence = f"{begin} It looks as if {cause}: FVU would be {best.fvu:.3g} and L0 {best.l0:.3g}."

@@ -93,7 +93,9 @@ class Watch:
         if call is None:
             return Tokens(_two_dimensional(shape, None), device, seen=False)
         ids = next((call[name] for name in _IDS if _is_integer(call.get(name), 2)), None)
-        batch, seq = two = _two_dimensional(shape, None if ids is None else tuple(ids.shape))
+        embeds = call.get("inputs_embeds")
+        known = ids if ids is not None else embeds if isinstance(embeds, Tensor) else None
+        batch, seq = two = _two_dimensional(shape, None if known is None else tuple(known.shape))
         if ids is not None and tuple(ids.shape) != two:  # a module that sees some tokens only, such as an expert
             return Tokens(two, device, seen=False)
         mask = call.get("attention_mask")

@@ -149,6 +149,14 @@ def test_another_model_is_suspected_by_its_name(llama: Any, fitting: Dictionary,
         assert "it may belong to another model" in report.sentence
 
 
+def test_a_hook_that_is_not_the_recorded_one_is_named(llama: Any, fitting: Dictionary, texts: Tensor) -> None:
+    here = {"imported_from": {"hook_names": ["blocks.1.hook_resid_post"]}}
+    assert check(moved(fitting, HOOK, provenance=here), llama, texts).ok
+    there = {"imported_from": {"hook_names": ["blocks.2.hook_resid_post"]}}
+    report = check(moved(fitting, HOOK, provenance=there), llama, texts)
+    assert report.cause == "it was trained on blocks.2.hook_resid_post, as it records"
+
+
 def test_figures_that_are_not_as_recorded_are_named(llama: Any, fitting: Dictionary, texts: Tensor) -> None:
     known: dict[str, Any] = {"metrics": {"fvu": 1e-4, "l0": 400.0}, "provenance": {"median_norm": 1e6}}
     report = check(moved(fitting, HOOK, **known), llama, texts)
