@@ -160,8 +160,8 @@ def _execute(
 
 def _open(config: str, out: Path | None, overrides: list[str]) -> "Run":
     """The run behind CONFIG: a config file, a shipped config's name, or a run directory."""
-    from pipelines.config import load_config
     from pipelines.configfiles import config_path
+    from pipelines.configio import load_config
     from pipelines.run import open_run
 
     path = config_path(config)

@@ -142,7 +142,7 @@ def _describe_dictionary(path: Path) -> dict[str, Any]:
 
 
 def _describe_run(path: Path) -> dict[str, Any]:
-    from pipelines.config import load_config
+    from pipelines.configio import load_config
     from pipelines.run import STAGES, Run
     from pipelines.rundir import RunDir
 

@@ -363,7 +363,7 @@ class LanguageModel:
 
 def language_model_of(run: str | os.PathLike[str]) -> LanguageModel:
     """The language model of a run directory, as its config names it."""
-    from pipelines.config import load_config
+    from pipelines.configio import load_config
 
     config = load_config(Path(run) / "config.yaml").model
     return LanguageModel(resolve_model(config), config)

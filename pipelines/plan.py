@@ -354,7 +354,7 @@ def recorded_rates(config: RunConfig, like: Path) -> dict[str, float]:
 
     Raises: RunError if no stage of it is finished.
     """
-    from pipelines.config import load_config
+    from pipelines.configio import load_config
 
     other = load_config(like / "config.yaml")
     sizes = _stage_tokens(other)

@@ -14,7 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pipelines.config import RunConfig, differing_keys, dump_config, load_config
+from pipelines.config import RunConfig
+from pipelines.configio import differing_keys, dump_config, load_config
 from pipelines.errors import RunError, UsageError
 from pipelines.progress import Reporter
 from pipelines.rundir import RunDir, key_of, sweep_partials, write_text

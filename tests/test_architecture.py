@@ -86,7 +86,7 @@ def test_the_wheel_lists_every_package_and_its_data() -> None:
 @pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_shipped_config_loads_and_its_concepts_are_usable(config: Path) -> None:
     from pipelines.audit.run import load_concepts
-    from pipelines.config import load_config
+    from pipelines.configio import load_config
 
     loaded = load_config(config)
     assert len(load_concepts(loaded)) == len(loaded.audit.concepts)

@@ -56,7 +56,7 @@ def test_python_blocks_run(finished: Path) -> None:
 
 
 def test_commands_exist_and_init_writes_a_config_that_loads(finished: Path) -> None:
-    from pipelines.config import load_config
+    from pipelines.configio import load_config
 
     lines = [line.partition("#")[0].strip() for block in blocks("bash") for line in block.splitlines()]
     makefile = (ROOT / "Makefile").read_text()

@@ -9,7 +9,7 @@ import yaml
 from typer.testing import CliRunner
 
 from pipelines.cli import app
-from pipelines.config import load_config
+from pipelines.configio import load_config
 from pipelines.run import STAGES, save_config
 from tests.tiny import tiny_config
 

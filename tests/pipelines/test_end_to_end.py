@@ -135,7 +135,7 @@ def test_store_leads_from_any_row_back_to_its_text(finished: FinishedRun):
 
 
 def _model_of(run: FinishedRun):
-    from pipelines.config import load_config
+    from pipelines.configio import load_config
 
     return load_config(run.config).model
 

@@ -4,7 +4,8 @@ from typing import Any
 import pytest
 import yaml
 
-from pipelines.config import RunConfig, differing_keys, dump_config, load_config
+from pipelines.config import RunConfig
+from pipelines.configio import differing_keys, dump_config, load_config
 from pipelines.errors import UsageError
 from tests.tiny import tiny_config
 

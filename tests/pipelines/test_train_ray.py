@@ -9,7 +9,7 @@ import torch
 from command_line import Driver, FinishedRun, must, sae, same_outcome
 
 from pipelines.collect import open_store
-from pipelines.config import load_config
+from pipelines.configio import load_config
 from pipelines.evaluate import evaluate_reconstruction
 from pipelines.progress import SilentReporter
 from pipelines.run import STAGES

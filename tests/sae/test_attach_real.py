@@ -24,7 +24,7 @@ HOOKS = {"early": "model.layers.8", "mlp": "model.layers.12.mlp"}
 def lm() -> Any:
     from pathlib import Path
 
-    from pipelines.config import load_config
+    from pipelines.configio import load_config
     from pipelines.models import LanguageModel, resolve_model
 
     config = load_config(Path(__file__).parents[2] / "configs" / "quickstart.yaml").model
