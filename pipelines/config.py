@@ -434,10 +434,6 @@ class RunConfig(Section):
             raise ValueError("give exactly one of `train:` and `dictionary:`")
         if self.dictionary is not None and len(self.saes) != 1:
             raise ValueError("a run that starts from a dictionary has exactly one entry under `saes:`")
-        if self.dictionary is not None and self.dictionary.revision is not None:
-            raise ValueError(
-                "dictionary.revision is for Hugging Face repositories, which cannot be loaded yet: drop it"
-            )
         for hook in self.hooks:
             if hook.partition(":")[2] not in ("", "input", "output"):
                 raise ValueError(f"the hook {hook!r} must end in `:output` (the default) or `:input`")

@@ -25,6 +25,9 @@ from torch import Tensor
 MAX_HEADER_BYTES = 100_000_000
 """The most that a safetensors header may have, as in its specification."""
 
+_MAX_PICKLE_BYTES = 1_000_000
+"""Of the part of a `.pt` file that names its tensors."""
+
 _FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _OTHERS = {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1}
 _RESTORE = "Restore it from its source."
@@ -160,6 +163,20 @@ def read_pt(source: Path | BytesIO, file: Path | None = None) -> dict[str, Any]:
     if not isinstance(loaded, Mapping):
         raise ValueError(f"{file} must hold a dictionary of tensors, got {type(loaded).__name__}. {_RESTORE}")
     return {str(name): value for name, value in loaded.items()}
+
+
+def mentions(file: Path, names: Sequence[str]) -> bool:
+    """Whether a file that `torch.save` wrote names all of these, as far as its bytes tell: nothing is unpickled."""
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            record = next((entry for entry in archive.infolist() if entry.filename.endswith("/data.pkl")), None)
+            if record is None or record.file_size > _MAX_PICKLE_BYTES:
+                return False
+            content = archive.read(record)
+    else:  # the older form, which begins with its pickle
+        with file.open("rb") as stream:
+            content = stream.read(_MAX_PICKLE_BYTES)
+    return all(name.encode() in content for name in names)
 
 
 def read_npz(file: Path) -> dict[str, Tensor]:

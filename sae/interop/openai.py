@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sae.config import SAEConfig, StandardConfig, TopKConfig
-from sae.interop.files import contained, read_pt
+from sae.interop.files import contained, mentions, read_pt
 from sae.interop.parts import At, Foreign, dimension, filled, take, whole_number
 
 NAME = "openai/sparse_autoencoder"
@@ -29,6 +29,7 @@ _UNUSED = (
     "latents_activation_frequency",
     "latents_mean_square",
 )
+_OWN_NAMES = ("pre_bias", "latent_bias")
 _OTHERS = ("ae.pt", "sae.pt", "cc_weights.pt", "model_final.pt", "ae_final.pt")
 
 
@@ -37,12 +38,12 @@ def claims(folder: Path) -> tuple[str, ...]:
     files = [file for file in sorted(folder.glob("*.pt")) if file.name not in _OTHERS]
     if len(files) != 1 or files[0].with_name(f"{files[0].stem}_cfg.json").exists():
         return ()
-    return (files[0].name,) if is_one(read_pt(contained(folder, files[0].name))) else ()
+    return (files[0].name,) if mentions(contained(folder, files[0].name), _OWN_NAMES) else ()
 
 
 def is_one(state: dict[str, Any]) -> bool:
     """Whether a state has this format's own names."""
-    return {"pre_bias", "latent_bias"} <= state.keys()
+    return state.keys() >= set(_OWN_NAMES)
 
 
 def read(folder: Path) -> Foreign:

@@ -25,6 +25,7 @@ from sae import (
     StandardConfig,
     TopKConfig,
     TranscoderConfig,
+    build,
 )
 
 GOLDEN = Path(__file__).parent / "golden" / "peers"
@@ -75,6 +76,38 @@ def test_the_peers_that_are_installed_still_write_and_compute_that(tmp_path: Pat
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == NAMES
     for name in NAMES:
         assert_as_golden(tmp_path / name, tmp_path / f"{name}.expected.safetensors")
+
+
+HOOKED_SCRIPT = """
+import sys, torch
+from sae_lens import SAE, HookedSAETransformer
+from safetensors.torch import save_file
+from transformer_lens import HookedTransformerConfig
+cfg = HookedTransformerConfig(n_layers=2, d_model=6, n_ctx=16, d_head=3, n_heads=2, d_vocab=20, act_fn="gelu", seed=0)
+model, tokens = HookedSAETransformer(cfg), torch.arange(16).reshape(2, 8)
+hook = "blocks.1.hook_resid_post"
+_, plain = model.run_with_cache(tokens)
+_, spliced = model.run_with_cache_with_saes(tokens, saes=[SAE.load_from_disk(sys.argv[1])])
+found = {"x": plain[hook], "latent_acts": spliced[f"{hook}.hook_sae_acts_post"]}
+found["output"] = spliced[f"{hook}.hook_sae_output"]
+save_file({name: tensor.detach().contiguous() for name, tensor in found.items()}, sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+def test_a_dictionary_of_ours_runs_in_a_hooked_sae_transformer(tmp_path: Path) -> None:
+    if not PEERS.exists():
+        pytest.skip("needs the peers' environment; `make peers` builds it")
+    sae = build(BatchTopKConfig(d_in=D_IN, d_sae=D_SAE, k=K), seed=0)
+    sae.state_dict()["threshold"].fill_(0.3)
+    folder = Dictionary(sae, hook_name="blocks.1.hook_resid_post").save(tmp_path / "ours")
+    command = [str(PEERS), "-c", HOOKED_SCRIPT, str(folder), str(tmp_path / "found.safetensors")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found, dictionary = load_file(tmp_path / "found.safetensors"), Dictionary.load(folder)
+    assert int(found["latent_acts"].count_nonzero()) > 10
+    assert_same(dictionary.encode(found["x"]), found["latent_acts"])
+    torch.testing.assert_close(dictionary.sae(found["x"]).x_hat, found["output"], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -373,7 +406,8 @@ def test_a_malicious_pickle_is_refused_and_does_nothing(name: str, tmp_path: Pat
     with (folder / name).open("wb") as stream:
         if name == "sae.pt":
             stream.write(b'{"schema": 2, "cfg": {}}\n')
-        torch.save({"W_enc": torch.zeros(2, 2), "payload": Malicious(target)}, stream)
+        names = dict.fromkeys(("pre_bias", "latent_bias", "W_enc"), torch.zeros(2, 2))
+        torch.save(names | {"payload": Malicious(target)}, stream)
     (folder / "config.json").write_text('{"trainer": {"dict_class": "AutoEncoder"}}')
     (folder / "cfg.json").write_text("{}")
     if name != "sae.pt":  # whose first line torch.load does not skip
