@@ -11,13 +11,14 @@ processes of s bytes costs each of them 2 s (n − 1) / n:
 
     "data"       the gradients, a sum of 8 d L bytes; BatchTopK's candidates, about 6 B k / n bytes to each other
                  process
-    "features"   the reconstruction, a sum of 4 B d bytes, once more while AuxK runs, and for Matryoshka once a prefix;
-                 candidates, 4 B k bytes (TopK) or about 6 B k / n (BatchTopK) to each other process
+    "features"   the reconstruction, a sum of 4 B d bytes, for Matryoshka one of each prefix; candidates, 4 B k bytes
+                 (TopK) or about 6 B k / n (BatchTopK) to each other process; the same for AuxK while it runs, with
+                 up to k_aux candidates a token
 
-so "features" sends less when a batch has fewer tokens than the SAE has 2 L latents, and its weights and moments take
-the n-th part of the memory. It reads the whole batch in every process: the alternative, to read a share and pass it on,
-brings the same bytes to each process, B d numbers, and would put (n − 1) / n of them on the wire between them as well.
-What it costs is the reader's window in each process's memory, and n times the reading from the store.
+so "features" sends less when B < 2 L, and its weights and moments take the n-th part of the memory. Every process reads
+the whole batch: the alternative, to read a share and pass it on, brings the same B d numbers to each process, and puts
+(n − 1) / n of them on the wire between processes as well. What reading it whole costs is the reader's window in the
+memory of each process, and n times the reading from the store.
 
 With `world_size` 1 every method returns its input, so the trainer has one code path.
 

@@ -2,6 +2,8 @@
 
     data_topk_efficiency, data_batchtopk_efficiency            rows spread over 2 ranks
     features_topk_efficiency, features_batchtopk_efficiency    latents spread over 2 ranks
+    …_cpu_efficiency                                           the same in processor time, which other work on the
+                                                               machine disturbs less; waiting is left out
     …_mb_per_step                                              what a rank sends in a step, as `Group` counts it
     …_16384                                                    the same with 16,384 latents instead of 4,608
 
@@ -45,6 +47,8 @@ class Steps:
         self.trainer = Trainer(build(config, seed=0), TrainerConfig(), 10**6, layout=layout)
         rows = self.trainer.layout.rows.share(BATCH)
         self.stream = cycle([x[rows] for x in batches(torch)])
+        self.cpu_s: list[float] = []
+        """Processor time of each piece of work, of all threads."""
 
     def run(self, steps: int) -> float:
         """Seconds of that many steps."""
@@ -53,8 +57,9 @@ class Steps:
         def on_step(metrics: StepMetrics) -> bool:
             return metrics.step < last
 
-        began = time.perf_counter()
+        began, used = time.perf_counter(), time.process_time()
         self.trainer.fit(self.stream, on_step)
+        self.cpu_s.append(time.process_time() - used)
         return time.perf_counter() - began
 
     @property
@@ -81,6 +86,8 @@ class Ranks:
         self.bytes_sent: list[float] = []
         """Per step and rank, of each piece of work."""
         self.loopback: list[float] = []
+        self.cpu_s: list[float] = []
+        """Of each piece of work, in all ranks."""
 
     def run(self, steps: int) -> float:
         """Seconds of that many steps, of the slower rank."""
@@ -89,8 +96,9 @@ class Ranks:
             end.send(steps)
         answers = [end.recv() for end in self._ends]
         self.loopback.append((_loopback() - before) / steps / N_RANKS)
-        self.bytes_sent.append(statistics.mean(sent for _, sent in answers) / steps)
-        return max(seconds for seconds, _ in answers)
+        self.bytes_sent.append(statistics.mean(sent for _, sent, _ in answers) / steps)
+        self.cpu_s.append(sum(used for _, _, used in answers))
+        return max(seconds for seconds, _, _ in answers)
 
     def __enter__(self) -> "Ranks":
         return self
@@ -110,7 +118,7 @@ def _rank(rank: int, folder: str, work: Connection, architecture: str, layout: L
     while True:
         sent = steps.bytes_sent
         seconds = steps.run(work.recv())
-        work.send((seconds, steps.bytes_sent - sent))
+        work.send((seconds, steps.bytes_sent - sent, steps.cpu_s[-1]))
 
 
 def _loopback() -> int:
@@ -124,12 +132,21 @@ def measure(report: Report, architecture: str, suffix: str, pairs: int, steps: i
     alone = Steps(architecture, "data", WIDTHS[suffix])
     for layout in LAYOUTS:
         name = f"{layout}_{architecture}"
+        alone.cpu_s.clear()
         with Ranks(architecture, layout, WIDTHS[suffix]) as ranks:
             speed = interleaved(lambda: ranks.run(steps), lambda: alone.run(steps), pairs=pairs, warm_up=2)
         efficiency = Ratio(tuple(pair / N_RANKS for pair in speed.pairs), speed.ours_s, speed.theirs_s)
         two, one = (1e3 * statistics.median(seconds) / steps for seconds in (speed.ours_s, speed.theirs_s))
         note = f"{two:.0f} ms a step against {one:.0f} ms of one process"
         report.add(Figure.of(f"{name}_efficiency{suffix}", efficiency, note=note))
+        work = Ratio(
+            tuple(one / two for one, two in zip(alone.cpu_s[2:], ranks.cpu_s[2:], strict=True)),
+            tuple(ranks.cpu_s[2:]),
+            tuple(alone.cpu_s[2:]),
+        )
+        two, one = (1e3 * statistics.median(seconds) / steps for seconds in (work.ours_s, work.theirs_s))
+        note = f"{two:.0f} ms of processor time a step in both ranks, {one:.0f} ms in one process"
+        report.add(Figure.of(f"{name}_cpu_efficiency{suffix}", work, note=note))
         sent, seen = (statistics.median(counts[2:]) / 1e6 for counts in (ranks.bytes_sent, ranks.loopback))
         note = f"the loopback device counted {seen:.1f}" if seen else ""
         report.add(Figure(f"{name}_mb_per_step{suffix}", sent, note=note))
