@@ -1,18 +1,16 @@
 """`ShuffledReader`: rows of a store in seeded random order, as batches for training.
 
 `streams` says which row goes where. A thread loads one window ahead: it reads the contexts of the reader's own streams
-in contiguous pieces of about a chunk and puts each usable row at its shuffled place in a buffer, so that a batch is a
-few contiguous copies. Batch b is a function of (store, settings, seed, b) alone, and the number b is all the state.
+in contiguous pieces of about a chunk and puts each usable row at its shuffled place in the window, which `windows` lays
+out batch by batch. Batch b is a function of (store, settings, seed, b) alone, and the number b is all the state.
 """
 
 from __future__ import annotations
 
 import math
-import queue
 import threading
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +19,7 @@ from numpy.typing import NDArray
 from storage.activations import SINK_MULTIPLE, ActivationStore
 from storage.spec import PADDING, SINK, Split
 from storage.streams import Order, Part, Run, Window, WindowPlan, dealt, parts
+from storage.windows import Layout, Loaded, Memory, Prefetch, batches_of
 
 if TYPE_CHECKING:
     import torch
@@ -33,41 +32,6 @@ LOADER_THREADS = 2
 """Threads that test and move rows of different streams, both without Python's lock."""
 
 
-@dataclass(eq=False)
-class _Loaded:
-    """One window in memory."""
-
-    buffer: NDArray[Any]
-    pieces: list[NDArray[Any]]
-    """Rows still to give, per stream of the reader; views of the buffer."""
-
-
-class _Prefetch:
-    """Passes windows from the loading thread to the reader, and used buffers back: two buffers are all there is."""
-
-    def __init__(self) -> None:
-        self.loaded: queue.SimpleQueue[_Loaded | BaseException | None] = queue.SimpleQueue()
-        self.free: queue.SimpleQueue[NDArray[Any] | None] = queue.SimpleQueue()
-        self.stopped = threading.Event()
-        self.starving = threading.Event()
-        for _ in range(2):
-            self.free.put(None)  # to be allocated when first needed
-
-    def next(self) -> _Loaded | None:
-        """The next window, None when there is none. Raises what stopped the loader."""
-        self.starving.set()
-        window = self.loaded.get()
-        self.starving.clear()
-        if isinstance(window, BaseException):
-            raise window
-        return window
-
-    def stop(self) -> None:
-        """Ends the loader once it has finished the window that it is at."""
-        self.stopped.set()
-        self.free.put(None)
-
-
 class ShuffledReader:
     """Iterates over shuffled batches of one hook, forever or for some epochs. Padding is never given.
 
@@ -77,7 +41,8 @@ class ShuffledReader:
     Batch b consists of batch_size / n_streams rows of each stream. Rank r of n reads the streams v with v mod n = r,
     and only their bytes; the ranks' rows of batch b together are batch b of a single reader, whatever n is. Rows of an
     epoch that do not fill a batch go into the first batch of the next epoch; those of the last are dropped, fewer than
-    batch_size. At most two windows are in memory, of each the reader's own streams.
+    batch_size. Two windows are in memory, of each the reader's own streams, and every window of which a batch is still
+    held: a batch is a view of its window, so copy one that is kept for long.
     """
 
     def __init__(
@@ -190,48 +155,31 @@ class ShuffledReader:
         import torch
 
         bfloat16 = self.store.spec.hook(self.hook).dtype == "bfloat16"
-        for values in self._rank_rows(self._batch):
+        for batch in self._rank_rows(self._batch):
             self._batch += 1
-            tensor = torch.from_numpy(values)
-            yield tensor.view(torch.bfloat16) if bfloat16 else tensor
+            yield batch.view(torch.bfloat16) if bfloat16 else batch
+            del batch  # else it would be held while the next is made
 
-    def _rank_rows(self, first_batch: int) -> Iterator[NDArray[Any]]:
+    def _rank_rows(self, first_batch: int) -> Iterator[torch.Tensor]:
         """This rank's rows of each batch, until the windows end."""
-        prefetch = _Prefetch()
+        prefetch = Prefetch()
         loader = threading.Thread(
             target=self._load_windows, args=(first_batch, prefetch), daemon=True, name="ShuffledReader"
         )
         loader.start()
-        shape = (len(self._streams) * self._take, self._d_in)
         try:
-            window = prefetch.next()
-            while window is not None:
-                batch = np.empty(shape, self._dtype)
-                filled = [0] * len(self._streams)
-                while True:
-                    for own, piece in enumerate(window.pieces):
-                        taken = piece[: self._take - filled[own]]
-                        low = own * self._take + filled[own]
-                        batch[low : low + len(taken)] = taken
-                        filled[own] += len(taken)
-                        window.pieces[own] = piece[len(taken) :]
-                    if min(filled) == self._take:
-                        break
-                    prefetch.free.put(window.buffer)
-                    window = prefetch.next()
-                    if window is None:
-                        return
-                yield batch
+            yield from batches_of(prefetch, len(self._streams), self._take)
         finally:
             prefetch.stop()
             loader.join()
 
-    def _load_windows(self, first_batch: int, prefetch: _Prefetch) -> None:
+    def _load_windows(self, first_batch: int, prefetch: Prefetch) -> None:
         """Body of the prefetch thread: loads windows in order, from the one with the first row of `first_batch` on."""
+        memory = Memory(self._d_in, np.dtype(self._dtype))
         try:
             with ThreadPoolExecutor(LOADER_THREADS, thread_name_prefix="ShuffledReader") as pool:
                 for window, count in self._windows_from(first_batch * self.batch_size, prefetch):
-                    buffer = prefetch.free.get()
+                    prefetch.wait_for_room()
                     if self.ring is not None:
                         shards = window.shards(self._plan.contexts_per_shard)
                         self.ring.wait(shards, prefetch.stopped, prefetch.starving)
@@ -239,12 +187,12 @@ class ShuffledReader:
                         self._begun.append((count, min(shards)))
                     if prefetch.stopped.is_set():
                         return
-                    prefetch.loaded.put(self._load(window, count, first_batch * self._take, buffer, pool))
+                    prefetch.loaded.put(self._load(window, count, first_batch, memory, pool))
             prefetch.loaded.put(None)
         except BaseException as error:  # noqa: BLE001 - it is raised again where the batch is asked for
             prefetch.loaded.put(error)
 
-    def _windows_from(self, row: int, prefetch: _Prefetch) -> Iterator[tuple[Window, int]]:
+    def _windows_from(self, row: int, prefetch: Prefetch) -> Iterator[tuple[Window, int]]:
         """Windows from the one that holds row `row` of all on, each with the number of rows before it."""
         epoch = 0 if self.ring is not None else row // self.n_rows
         count = epoch * self.n_rows
@@ -258,40 +206,46 @@ class ShuffledReader:
                 count += n
             epoch += 1
 
-    def _load(
-        self, window: Window, count: int, first_row: int, buffer: NDArray[Any] | None, pool: ThreadPoolExecutor
-    ) -> _Loaded:
-        """Reads the own streams' parts of a window, without the rows of each stream before `first_row`.
+    def _load(self, window: Window, count: int, first_batch: int, memory: Memory, pool: ThreadPoolExecutor) -> Loaded:
+        """Reads the own streams' parts of a window, without what belongs to batches before the first."""
+        import torch
 
-        The buffer holds, per stream, its rows in shuffled order and one place more for the rows that are not wanted.
-        """
         usable = np.concatenate([self._usable_mask(run) for run in window.runs])
-        own = parts(window, usable.sum(axis=1), count, self._streams, self.n_streams)
-        needed = sum(part.n_rows + 1 for part in own)
-        if buffer is None or len(buffer) < needed:
-            buffer = np.empty((needed, self._d_in), self._dtype)
-        pieces: list[NDArray[Any]] = []
-        jobs, low = [], 0
-        for part in own:
-            rows = buffer[low : low + part.n_rows + 1]
-            given = max(0, first_row - dealt(count, part.stream, self.n_streams))
-            pieces.append(rows[given : part.n_rows])
+        n_usable = usable.sum(axis=1)
+        own = parts(window, n_usable, count, self._streams, self.n_streams)
+        total = count + int(n_usable.sum())
+        layout = Layout(
+            starts=tuple(dealt(count, stream, self.n_streams) for stream in self._streams),
+            ends=tuple(dealt(total, stream, self.n_streams) for stream in self._streams),
+            take=self._take,
+            first_batch=first_batch,
+        )
+        rows = memory.rows(layout.n_rows)
+        jobs = []
+        for number, part in enumerate(own):
             mask = usable[part.first : part.first + part.n_contexts].reshape(-1)
-            jobs.append(pool.submit(self._scatter, window, part, mask, rows))
-            low += len(rows)
+            jobs.append(pool.submit(self._scatter, window, part, mask, rows, layout.places(number), layout.waste))
         for job in jobs:
             job.result()
-        return _Loaded(buffer, pieces)
+        before, after = zip(*(layout.loose(rows, number) for number in range(len(own))), strict=True)
+        return Loaded(torch.from_numpy(rows)[: layout.n_whole * layout.batch_rows], list(before), list(after))
 
-    def _scatter(self, window: Window, part: Part, usable: NDArray[np.bool_], rows: NDArray[Any]) -> None:
-        """Puts the j-th row of a part at its shuffled place in `rows`, and what else is read at the last place."""
+    def _scatter(
+        self,
+        window: Window,
+        part: Part,
+        usable: NDArray[np.bool_],
+        rows: NDArray[Any],
+        places: NDArray[np.int64],
+        waste: int,
+    ) -> None:
+        """Puts the rows of a part at their places, in shuffled order, and what else is read at the place for waste."""
         if not part.n_rows:
             return
         rng = np.random.default_rng([self.seed, window.epoch, window.number, part.stream])
-        places = rng.permutation(part.n_rows)
         wanted = np.flatnonzero(usable)[part.skip : part.skip + part.n_rows]
-        destinations = np.full(len(usable), part.n_rows)
-        destinations[wanted] = places
+        destinations = np.full(len(usable), waste)
+        destinations[wanted] = places[rng.permutation(part.n_rows)]
         as_items = np.dtype((np.void, rows.shape[1] * rows.itemsize))  # a row as one item: one copy per row
         target = rows.view(as_items).reshape(-1)
         low = 0
@@ -309,7 +263,7 @@ class ShuffledReader:
             usable &= self.store.select(self.select, run.start, run.stop)
         return usable
 
-    def _window_rows(self, window: Window, prefetch: _Prefetch) -> int:
+    def _window_rows(self, window: Window, prefetch: Prefetch) -> int:
         """Usable rows of a window; of a ring, as soon as they are known."""
         if self._usable is not None:
             first = self._plan.first
