@@ -291,9 +291,10 @@ class TrainConfig(Section):
     dimension's mean away; folded into the weights at the end."""
     num_workers: int = Field(1, gt=0)
     """Ray Train workers."""
-    layout: Literal["data", "features"] = "data"
+    layout: Literal["data", "features", "saes"] = "data"
     """What each of several workers has: a share of the rows of every batch and all latents; or a share of the latents
-    and all rows, which takes less memory, and sends less where a batch has fewer tokens than the SAE twice the latents.
+    and all rows, which takes less memory, and sends less where a batch has fewer tokens than the SAE twice the latents;
+    or some of the run's SAEs, which then need nothing from each other.
     """
     cpus_per_worker: float | None = Field(None, gt=0)
     """CPUs a worker; by default the machine's, shared evenly."""
@@ -303,7 +304,7 @@ class TrainConfig(Section):
     """Steps between checkpoints."""
     shuffle_contexts: int = Field(1024, gt=0)
     """Most contexts that are shuffled together; twice as many are in memory, spread over the workers ("data") or in
-    each of them ("features")."""
+    each of them."""
     streams: int = Field(16, gt=0)
     """Streams that each batch takes equally many rows of: `batch_size` is a multiple of it, and it, under
     "data", of `num_workers`."""

@@ -1,9 +1,9 @@
-"""One rank of a training job: each batch goes to every SAE in turn, and on rank 0 they are saved.
+"""One rank of a training job: each batch goes to every SAE in turn, and they are saved at the same steps.
 
 Knows no Ray: `pipelines.train` runs it under Ray Train, and a test may call it inline.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from pipelines.training.batches import Batches, of_member
 from pipelines.training.calibration import starting_sample
 from pipelines.training.heldout import HELDOUT_TOKENS, Heldout, Splicing
 from pipelines.training.interruption import Interrupted
-from pipelines.training.job import TrainJob
+from pipelines.training.job import MemberJob, TrainJob
 from pipelines.training.member import Evaluate, Member
 from pipelines.training.metrics import METRICS_FILE, last_line
 from sae.parallel import Group
@@ -29,11 +29,11 @@ def train_worker(
     device: torch.device | str = "cpu",
     interrupted: Callable[[], bool] = lambda: False,
 ) -> dict[str, dict[str, Any]]:
-    """Train the SAEs of a job on this rank; rank 0 saves checkpoints and dictionaries.
+    """Train the SAEs of a job on this rank, or its share of them, and save checkpoints and dictionaries.
 
     Args:
         interrupted: asked after each step; once true on any rank, everything is saved and training ends.
-    Returns: the last step's figures of each SAE.
+    Returns: the last step's figures of each SAE that this rank trains.
     Raises:
         DivergedError: an SAE diverged, after the others were finished; the message names its last good checkpoint.
         ValueError: a batch cannot be used; every SAE is saved as it was before.
@@ -41,22 +41,27 @@ def train_worker(
     """
     torch.set_num_threads(job.n_threads)
     store = ActivationStore.open(job.store, tail=job.consumer is not None)
+    layout = job.config.layout
+    own = job.members[rank::world_size] if layout == "saes" else job.members
     samples = {
         hooks: starting_sample(store, hooks, job.sinks, job.selection)
-        for hooks in dict.fromkeys(member.hooks for member in job.members)
+        for hooks in dict.fromkeys(member.hooks for member in own)
     }
-    evaluate = _evaluations(job, store) if rank == 0 else {}
+    writes = layout == "saes" or rank == 0
+    evaluate = _evaluations(job, own, store) if writes else {}
     members = [
-        Member(own, job, store, samples[own.hooks], evaluate=evaluate.get(own.hooks), rank=rank, device=device)
-        for own in job.members
+        Member(each, job, store, samples[each.hooks], evaluate=evaluate.get(each.hooks), writes=writes, device=device)
+        for each in own
     ]
     del samples
+    group = Group()
     try:
-        start = min(member.step for member in members)
+        start = min((member.step for member in members), default=job.n_steps)
+        start = int(torch.stack(group.gather(torch.tensor(start))).min())
         if start < job.n_steps:
-            reader = (0, 1) if job.config.layout == "features" else (rank, world_size)  # the whole batch, or a share
-            batches = Batches(job, store, start, rank=reader[0], world_size=reader[1], device=device)
-            _train(job, members, batches, start, interrupted)
+            reader = (rank, world_size) if layout == "data" else (0, 1)  # a share of each batch, or the whole
+            batches = Batches(job, own, store, start, rank=reader[0], world_size=reader[1], device=device)
+            _train(job, members, batches, start, interrupted, group)
         for member in members:
             if member.failure is None:
                 member.finish()
@@ -69,12 +74,18 @@ def train_worker(
     return {member.job.name: last_line(Path(member.job.checkpoints) / METRICS_FILE) for member in members}
 
 
-def _train(job: TrainJob, members: list[Member], batches: Batches, start: int, interrupted: Callable[[], bool]) -> None:
+def _train(
+    job: TrainJob,
+    members: list[Member],
+    batches: Batches,
+    start: int,
+    interrupted: Callable[[], bool],
+    group: Group,
+) -> None:
     """Every member from its own step to the end. One that was saved later than the others waits for them.
 
     A member that diverges is stopped; the others go on.
     """
-    group = Group()
     for step, batch in enumerate(batches, start + 1):
         active = [member for member in members if member.failure is None and member.step == step - 1]
         for member in active:
@@ -84,26 +95,28 @@ def _train(job: TrainJob, members: list[Member], batches: Batches, start: int, i
                 member.stop(error)
             except ValueError as error:  # the batch cannot be used, the weights can
                 raise ValueError(f"{error} {_saved(members)}") from error
-        stopping = bool(group.any(torch.tensor(interrupted())))
-        if stopping or step % job.config.checkpoint_every == 0 or step == job.n_steps:
+        going_on = sum(member.failure is None for member in members)
+        n_asked, n_going_on = group.sum(torch.tensor([int(interrupted()), going_on])).tolist()
+        if n_asked or step % job.config.checkpoint_every == 0 or step == job.n_steps:
             for member in active:
                 if member.failure is None:
                     member.save()
-            if group.rank == 0:
-                batches.saved(step)
-        if all(member.failure for member in members):
+            batches.saved(step, group)
+        if n_going_on == 0:
             return
-        if stopping:
+        if n_asked:
             raise Interrupted(f"stopped after step {step} of {job.n_steps}, which is saved")
         if step == job.n_steps:
             return
     raise ValueError(
-        f"Training needs {job.n_steps} batches, but they ended after step {min(member.step for member in members)}. "
+        f"Training needs {job.n_steps} batches, but they ended after step {max(m.step for m in members)}. "
         "Collect more tokens, or lower train.n_tokens."
     )
 
 
-def _evaluations(job: TrainJob, store: ActivationStore) -> dict[tuple[str, ...], Evaluate]:
+def _evaluations(
+    job: TrainJob, members: Sequence[MemberJob], store: ActivationStore
+) -> dict[tuple[str, ...], Evaluate]:
     """Held-out figures of an SAE in training, by the hooks that it reads."""
     if not job.evaluate_every:
         return {}
@@ -117,7 +130,7 @@ def _evaluations(job: TrainJob, store: ActivationStore) -> dict[tuple[str, ...],
             sample.figures(sae, normalisers) | (splicing.figures(folded(sae, normalisers), hooks) if splicing else {})
         )
 
-    return {hooks: of(hooks) for hooks in dict.fromkeys(member.hooks for member in job.members)}
+    return {hooks: of(hooks) for hooks in dict.fromkeys(member.hooks for member in members)}
 
 
 def _saved(members: list[Member]) -> str:

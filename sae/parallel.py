@@ -35,8 +35,8 @@ from torch import Tensor
 
 from sae.losses import total_variance
 
-LayoutName = Literal["data", "features"]
-"""See the module."""
+LayoutName = Literal["data", "features", "alone"]
+"""See the module; "alone" is for a process that trains an SAE by itself, whatever others do."""
 
 
 class Group:
@@ -206,4 +206,4 @@ class Layout(NamedTuple):
     def of(cls, name: LayoutName) -> "Layout":
         """The layout of this name over the default group."""
         everyone, alone = Group(), Group(alone=True)
-        return cls(everyone, alone) if name == "data" else cls(alone, everyone)
+        return cls(everyone if name == "data" else alone, everyone if name == "features" else alone)

@@ -31,8 +31,9 @@ from sae.trainer import DivergedError
 
 STOP_FILE = "stop"
 """Made by the driver: the workers save and end."""
-OUTCOME_FILE = "outcome.json"
-"""Made by a worker: why it ended without an exception, which would only be met again by another attempt."""
+OUTCOME_FILE = "outcome-{}.json"
+"""Made by a worker, with its rank: why it ended without an exception, which another attempt would only meet again."""
+OUTCOMES = ("failed", "interrupted")
 POLL_S = 0.5
 
 
@@ -71,7 +72,7 @@ def run_ray(job: TrainJob, ray: RayConfig, scratch: Path, ui: Reporter) -> None:
     try:
         with followed(job, ui), _sigterm_as(scratch / STOP_FILE):
             trainer.fit()
-        outcome = json.loads((scratch / OUTCOME_FILE).read_text()) if (scratch / OUTCOME_FILE).exists() else {}
+        outcomes = [json.loads(file.read_text()) for file in sorted(scratch.glob(OUTCOME_FILE.format("*")))]
     except Exception as error:  # Ray wraps whatever the worker raised; the cause is what the user needs
         raise RunError(
             f"training {names} failed: {_root_cause(error)}; rerun to continue from the last checkpoint"
@@ -81,10 +82,11 @@ def run_ray(job: TrainJob, ray: RayConfig, scratch: Path, ui: Reporter) -> None:
     for member in job.members:
         for name, why in recorded(Path(member.checkpoints)).get("failed", {}).items():
             ui.say(f"the tracker {name} failed for {member.name}: {why}")
-    if "interrupted" in outcome:
-        raise StoppedError(f"training {names} {outcome['interrupted']}; the same command continues from there")
-    if "failed" in outcome:
-        raise RunError(f"training {names} failed: {outcome['failed']}")
+    failed, interrupted = (list(dict.fromkeys(o[key] for o in outcomes if key in o)) for key in OUTCOMES)
+    if failed:
+        raise RunError(f"training {names} failed: {' '.join(failed)}")
+    if interrupted:
+        raise StoppedError(f"training {names} {interrupted[0]}; the same command continues from there")
     for member in job.members:
         if not all(file.exists() for file in dictionary_files(Path(member.output))):
             raise RunError(f"training {member.name} ended without a dictionary in {member.output}; rerun to continue")
@@ -137,8 +139,8 @@ def _ray_worker(settings: dict[str, Any]) -> None:
             if world_size > 1 and not isinstance(error, DivergedError):  # the other ranks do not know of it
                 raise
             outcome = {"failed": str(error)}
-    if outcome and rank == 0:
-        write_json(scratch / OUTCOME_FILE, outcome)
+    if outcome:
+        write_json(scratch / OUTCOME_FILE.format(rank), outcome)
     ray.train.report({})
 
 

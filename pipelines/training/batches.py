@@ -1,6 +1,7 @@
 """The batches of a training job: one shuffled reader for each hook, shared by all SAEs that read it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import repeat
 from pathlib import Path
 
 import torch
@@ -8,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pipelines.training.job import MemberJob, TrainJob
+from sae.parallel import Group
 from storage import ActivationStore, Consumer, Ring, ShuffledReader
 
 Batch = dict[tuple[str, str], Float[Tensor, "batch _"]]
@@ -15,7 +17,7 @@ Batch = dict[tuple[str, str], Float[Tensor, "batch _"]]
 
 
 class Batches:
-    """Iterates over the batches of a job from a step on, this rank's rows of each.
+    """Iterates over the batches of some members of a job from a step on, this rank's rows of each.
 
     Readers that differ in nothing but their hook give the same tokens, so an SAE of several hooks gets the rows that
     belong together. SAEs of different hooks may have different sinks, and then read other tokens.
@@ -24,6 +26,7 @@ class Batches:
     def __init__(
         self,
         job: TrainJob,
+        members: Sequence[MemberJob],
         store: ActivationStore,
         start: int,
         *,
@@ -34,7 +37,7 @@ class Batches:
         train = job.config
         self._consumer = _consumer(job)
         self._device = device
-        wanted = dict.fromkeys((hook, member.hooks[0]) for member in job.members for hook in member.hooks)
+        wanted = dict.fromkeys((hook, member.hooks[0]) for member in members for hook in member.hooks)
         self._readers = {
             (hook, sink_hook): ShuffledReader(
                 store,
@@ -59,6 +62,8 @@ class Batches:
         }
 
     def __iter__(self) -> Iterator[Batch]:
+        if not self._readers:  # nothing to train here, but steps to keep up with
+            yield from repeat({})
         # Not strict: in a ring, readers with different sinks have their last batch at different steps.
         for tensors in zip(*self._readers.values(), strict=False):
             yield {
@@ -69,10 +74,14 @@ class Batches:
         """`ShuffledReader.expected_same_context` of what a member reads."""
         return self._readers[member.hooks[0], member.hooks[0]].expected_same_context
 
-    def saved(self, step: int) -> None:
-        """The state after `step` is durable: what only earlier steps needed may be deleted."""
-        if self._consumer is not None:
-            self._consumer.advance(min(reader.first_needed(step) for reader in self._readers.values()))
+    def saved(self, step: int, group: Group) -> None:
+        """The rank's state after `step` is durable; once all are, what only earlier steps needed may be deleted."""
+        if self._consumer is None:
+            return
+        first = min((reader.first_needed(step) for reader in self._readers.values()), default=2**31)
+        first = int(torch.stack(group.gather(torch.tensor(first))).min())  # waits for the checkpoints of all ranks
+        if group.rank == 0:
+            self._consumer.advance(first)
 
 
 def of_member(batch: Batch, member: MemberJob) -> tuple[Float[Tensor, "batch _"], ...]:

@@ -25,11 +25,14 @@ Evaluate = Callable[[SAE, Sequence[Normaliser]], dict[str, Any]]
 
 
 class Member:
-    """Trains one SAE, from its last checkpoint on. Every rank has one; that of rank 0 writes.
+    """Trains one SAE, from its last checkpoint on.
+
+    Ranks that train it together, as the job's layout says, have one each and call the same methods.
 
     Args:
         sample: `starting_sample` of its hooks.
-        evaluate: asked on rank 0 every `TrainJob.evaluate_every` steps.
+        writes: whether this rank writes its files.
+        evaluate: asked where it is given, every `TrainJob.evaluate_every` steps.
     """
 
     def __init__(
@@ -40,7 +43,7 @@ class Member:
         sample: Sequence[Float[Tensor, "n_tokens _"]],
         *,
         evaluate: Evaluate | None = None,
-        rank: int = 0,
+        writes: bool = True,
         device: torch.device | str = "cpu",
     ) -> None:
         train = job.config
@@ -50,7 +53,7 @@ class Member:
         self._whole = job
         self._store = store
         self._evaluate = evaluate
-        self._writes = rank == 0
+        self._writes = writes
         self._checkpoints = Path(own.checkpoints)
         sae = build(sae_config(own.spec, [store.spec.hook(hook).d_in for hook in own.hooks]), seed=own.seed)
         normalisers = [fit_normaliser(part, train.normalize) for part in sample]
@@ -68,7 +71,7 @@ class Member:
             job.n_steps,
             device=device,
             normalisers=normalisers,
-            layout=train.layout,
+            layout="alone" if train.layout == "saes" else train.layout,
         )
         if found is not None:
             self.trainer.load_state_dict(load_checkpoint(found))
