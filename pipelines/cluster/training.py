@@ -119,7 +119,7 @@ def _ray_worker(settings: dict[str, Any]) -> None:
     rank, world_size = context.get_world_rank(), context.get_world_size()
     scratch = Path(settings["scratch"])
     told_to_stop = now_and_then((scratch / STOP_FILE).exists)
-    drained = getattr(ray.train, "get_preemption_info", lambda: None)
+    drained = _drain_notice()
     outcome: dict[str, str] = {}
     with notice.heeded() as terminated:
         try:
@@ -128,7 +128,7 @@ def _ray_worker(settings: dict[str, Any]) -> None:
                 rank=rank,
                 world_size=world_size,
                 device=get_device(),
-                interrupted=lambda: terminated() or told_to_stop() or drained() is not None,
+                interrupted=lambda: terminated() or told_to_stop() or drained(),
             )
         except Interrupted as error:
             if not (scratch / STOP_FILE).exists():  # Ray starts workers anew, from what was saved
@@ -142,6 +142,21 @@ def _ray_worker(settings: dict[str, Any]) -> None:
     if outcome:
         write_json(scratch / OUTCOME_FILE.format(rank), outcome)
     ray.train.report({})
+
+
+def _drain_notice() -> Callable[[], bool]:
+    """Whether Ray has told this worker that a node of the job is about to go.
+
+    `ray.train.get_preemption_info` would ask all workers at once, by a call to an actor in each step; our workers agree
+    by themselves.
+    """
+    try:
+        from ray.train.v2._internal.execution.context import get_train_context
+
+        notice_of_ray = get_train_context().preemption_context
+    except (ImportError, AttributeError):  # a Ray that does not know of it
+        return lambda: False
+    return lambda: notice_of_ray.preemption_info is not None
 
 
 def now_and_then(ask: Callable[[], bool], every_s: float = POLL_S) -> Callable[[], bool]:
