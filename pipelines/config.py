@@ -302,6 +302,8 @@ class TrainConfig(Section):
     """Give each worker a GPU."""
     checkpoint_every: int = Field(50, gt=0)
     """Steps between checkpoints."""
+    checkpoints_kept: int = Field(2, ge=2)
+    """Newest checkpoints that are kept of each SAE; `sae export --checkpoint` makes a dictionary of any."""
     shuffle_contexts: int = Field(1024, gt=0)
     """Most contexts that are shuffled together; twice as many are in memory, spread over the workers ("data") or in
     each of them."""

@@ -37,7 +37,6 @@ TEXT_BYTES_PER_TOKEN = 6
 """Text and spans of the documents, kept beside the store: about four bytes of English a token, and its row."""
 LATENT_BYTES = 8
 """One active latent of one token in the latent store: a row number and a value."""
-KEPT_CHECKPOINTS = 3
 FREE_SHARE = 0.02
 """Share of the free space that a plan must leave: file systems fail early, and metadata is not counted."""
 
@@ -213,7 +212,7 @@ def _bytes_of_sae(config: RunConfig, name: str, widths: Mapping[str, int]) -> in
     sae = config.saes[name]
     d_sae = sae.d_sae or round(sae.expansion_factor * d_in)
     weights = 4 * (2 * d_in * d_sae + d_in + 2 * d_sae)
-    checkpoints = 0 if config.train is None else KEPT_CHECKPOINTS * 3 * weights
+    checkpoints = 0 if config.train is None else (config.train.checkpoints_kept + 1) * 3 * weights
     latents = config.collect.n_tokens * _l0(config, name) * LATENT_BYTES if config.label.enabled else 0
     return checkpoints + 2 * weights + latents
 

@@ -65,7 +65,15 @@ def stage_sections(config: RunConfig) -> dict[str, Any]:
     data = config.model_dump(mode="json")
     spread = {
         *("n_workers", "cpus_per_worker", "gpus_per_worker", "num_workers", "use_gpu", "checkpoint_every", "device"),
-        *("layout", "text_workers", "capacity_shards", "evaluate_every", "evaluate_ce_tokens", "trackers"),
+        *(
+            "layout",
+            "checkpoints_kept",
+            "text_workers",
+            "capacity_shards",
+            "evaluate_every",
+            "evaluate_ce_tokens",
+            "trackers",
+        ),
     }
 
     def without_spread(section: dict[str, Any] | None) -> dict[str, Any] | None:

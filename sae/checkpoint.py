@@ -31,11 +31,10 @@ from sae.trainer import folded
 
 SCHEMA_VERSION = 1
 _TENSORS, _STATE = "tensors.safetensors", "state.json"
-_KEPT = 2
 
 
-def save_checkpoint(directory: str | os.PathLike[str], step: int, state: Mapping[str, Any]) -> Path:
-    """Write the state of `step`, then remove all but the two newest checkpoints. Returns its folder.
+def save_checkpoint(directory: str | os.PathLike[str], step: int, state: Mapping[str, Any], *, keep: int = 2) -> Path:
+    """Write the state of `step`, then remove all but the `keep` newest checkpoints. Returns its folder.
 
     A process killed at any moment leaves the earlier checkpoints intact. Saving a step again replaces it.
     """
@@ -64,7 +63,7 @@ def save_checkpoint(directory: str | os.PathLike[str], step: int, state: Mapping
         shutil.rmtree(target)
     staging.rename(target)
     _fsync(root)
-    for outdated in checkpoints(root)[:-_KEPT]:
+    for outdated in checkpoints(root)[:-keep]:
         shutil.rmtree(outdated)
     return target
 

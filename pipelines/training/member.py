@@ -127,7 +127,7 @@ class Member:
         """Write a checkpoint. Every rank calls it, since each may have a part of the state."""
         state = self.trainer.state_dict()
         if self._writes:
-            save_checkpoint(self._checkpoints, self.step, state)
+            save_checkpoint(self._checkpoints, self.step, state, keep=self._whole.config.checkpoints_kept)
 
     def stop(self, error: DivergedError) -> None:
         """Train no further: the weights have gone astray, and are not saved."""

@@ -180,12 +180,12 @@ def test_two_saes_share_one_stream_and_a_kill_between_their_checkpoints(
     run = InThreads(config.model_copy(update={"saes": saes}), resolved, tmp_path / "run")
     original, saved = member.save_checkpoint, 0
 
-    def crashing(*arguments: Any) -> None:
+    def crashing(*arguments: Any, **settings: Any) -> None:
         nonlocal saved
         saved += 1
         if saved == 6:  # `second` is saved at step 12, `main` is not
             raise Crash
-        original(*arguments)
+        original(*arguments, **settings)
 
     monkeypatch.setattr(member, "save_checkpoint", crashing)
     with pytest.raises(Crash):

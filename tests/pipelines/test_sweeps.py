@@ -105,12 +105,12 @@ def test_job_killed_between_two_saves_goes_on_as_if_nothing_had_happened(
     names = ["main", "dense", "other_hook", "across"]
     original, saves = member_module.save_checkpoint, 0
 
-    def crashing(*arguments: Any) -> None:
+    def crashing(*arguments: Any, **settings: Any) -> None:
         nonlocal saves
         saves += 1
         if saves == crash_at:
             raise Crash
-        original(*arguments)
+        original(*arguments, **settings)
 
     monkeypatch.setattr(member_module, "save_checkpoint", crashing)
     with pytest.raises(Crash):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sae import BatchTopKConfig, Trainer, TrainerConfig, build, latest_checkpoint, load_checkpoint, save_checkpoint
+from sae.checkpoint import checkpoints
 
 STATE = {
     "step": 3,
@@ -43,6 +44,12 @@ def test_checkpoint_keeps_the_two_newest(tmp_path: Path) -> None:
     for step in (5, 10, 15, 20):
         save_checkpoint(tmp_path, step, STATE)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000015", "step-00000020"]
+
+
+def test_checkpoint_keeps_as_many_as_it_is_told(tmp_path: Path) -> None:
+    for step in (5, 10, 15, 20):
+        save_checkpoint(tmp_path, step, STATE, keep=3)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000010", "step-00000015", "step-00000020"]
 
 
 def test_checkpoint_of_a_step_can_be_saved_again(tmp_path: Path) -> None:
