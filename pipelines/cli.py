@@ -100,9 +100,75 @@ def _stage_command(stage: str, text: str) -> None:
 
 _stage_command("collect", "Text to activations: fill the activation store.")
 _stage_command("train", "Activations to a dictionary: train the sparse autoencoders.")
-_stage_command("evaluate", "How faithful the dictionary is on held-out documents.")
-_stage_command("label", "Contexts, a label and a held-out test for every latent.")
-_stage_command("audit", "Which latents carry the configured concepts, and how sure we are.")
+
+
+def _dictionary_command(stage: str, text: str) -> None:
+    @told_plainly
+    def command(
+        config: Annotated[
+            str | None,
+            typer.Argument(metavar="[CONFIG]", help="As for `sae run`; or --dictionary, --model and --text instead."),
+        ] = None,
+        out: OutOption = None,
+        set_: SetOption = None,
+        as_json: JsonOption = False,
+        dictionary: Annotated[
+            str | None, typer.Option(help="A dictionary from anywhere: folder, Hugging Face repository, URL.")
+        ] = None,
+        model: Annotated[str | None, typer.Option(help="With --dictionary: Hugging Face id, folder, .gguf.")] = None,
+        texts: Annotated[
+            str | None, typer.Option("--text", help="With --dictionary: file, folder or Hugging Face dataset.")
+        ] = None,
+        hook: Annotated[str | None, typer.Option(help="Where it reads, if it does not say.")] = None,
+        tokens: Annotated[int | None, typer.Option(min=1024, help="Tokens to collect; 65,536 by default.")] = None,
+    ) -> None:
+        given = {"--dictionary": dictionary, "--model": model, "--text": texts}
+        if config is not None:
+            everything = given | {"--hook": hook, "--tokens": tokens}
+            extra = [name for name, value in everything.items() if value is not None]
+            if extra:
+                raise UsageError(f"a config says all of it: drop {', '.join(extra)}, or the config")
+            _execute(config, out, set_, as_json, (stage,))
+            return
+        if dictionary is None or model is None or texts is None:
+            missing = ", ".join(name for name, value in given.items() if value is None)
+            raise UsageError(f"give a CONFIG, or --dictionary, --model and --text; missing: {missing}")
+        _bring(stage, dictionary, model, texts, hook, tokens, out, set_, as_json)
+
+    command.__doc__ = text
+    app.command(stage)(command)
+
+
+_dictionary_command("evaluate", "How faithful the dictionary is on held-out documents.")
+_dictionary_command("label", "Contexts, a label and a held-out test for every latent.")
+_dictionary_command("audit", "Which latents carry the configured concepts, and how sure we are.")
+
+
+def _bring(
+    stage: str,
+    dictionary: str,
+    model: str,
+    texts: str,
+    hook: str | None,
+    tokens: int | None,
+    out: Path | None,
+    overrides: list[str] | None,
+    as_json: bool,
+) -> None:
+    """Every stage up to this one, from a config that is made here and kept in the run directory."""
+    _quiet_libraries()
+    import tempfile
+
+    import yaml
+
+    from pipelines.bring import TOKENS, config_for
+    from pipelines.run import STAGES
+
+    made = config_for(dictionary, model, texts, hook=hook, tokens=tokens or TOKENS)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / f"{made['name']}.yaml"
+        file.write_text(yaml.safe_dump(made, sort_keys=False), encoding="utf-8")
+        _execute(str(file), out, overrides, as_json, STAGES[: STAGES.index(stage) + 1])
 
 
 @app.command()

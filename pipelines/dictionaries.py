@@ -33,7 +33,7 @@ def import_dictionary(config: RunConfig, run: RunDir, name: str, store: Activati
             "metrics": dictionary.metrics,
         },
     }
-    Dictionary(dictionary.sae, hook_name=hook, metadata=saelens_metadata(provenance)).save(
+    Dictionary(dictionary.sae, hook_names=config.hooks_of(name), metadata=saelens_metadata(provenance)).save(
         run.trained(name), provenance=provenance, overwrite=True
     )
     return {}
