@@ -70,7 +70,7 @@ def train_worker(
             member.close()
     failures = {member.job.name: member.failure for member in members if member.failure is not None}
     if failures:
-        raise DivergedError(_named(members, failures))
+        raise DivergedError(_named(job, failures))
     return {member.job.name: last_line(Path(member.job.checkpoints) / METRICS_FILE) for member in members}
 
 
@@ -94,7 +94,7 @@ def _train(
             except DivergedError as error:
                 member.stop(error)
             except ValueError as error:  # the batch cannot be used, the weights can
-                raise ValueError(f"{error} {_saved(members)}") from error
+                raise ValueError(f"{error} {_saved(job, members)}") from error
         going_on = sum(member.failure is None for member in members)
         n_asked, n_going_on = group.sum(torch.tensor([int(interrupted()), going_on])).tolist()
         if n_asked or step % job.config.checkpoint_every == 0 or step == job.n_steps:
@@ -133,14 +133,14 @@ def _evaluations(
     return {hooks: of(hooks) for hooks in dict.fromkeys(member.hooks for member in members)}
 
 
-def _saved(members: list[Member]) -> str:
+def _saved(job: TrainJob, members: list[Member]) -> str:
     """Save every member where it stands; says where."""
     for member in members:
         if member.step > 0 and member.failure is None:
             member.save()
-    return _named(members, {member.job.name: member.last_good() for member in members})
+    return _named(job, {member.job.name: member.last_good() for member in members})
 
 
-def _named(members: list[Member], told: dict[str, str]) -> str:
-    """What there is to say of each SAE, with its name if there are several."""
-    return " ".join(text if len(members) == 1 else f"{name}: {text}" for name, text in told.items())
+def _named(job: TrainJob, told: dict[str, str]) -> str:
+    """What there is to say of each SAE, with its name if the job has several."""
+    return " ".join(text if len(job.members) == 1 else f"{name}: {text}" for name, text in told.items())

@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
+import re
 
 import psutil
 import pytest
 import torch
-from command_line import Driver, FinishedRun, must, sae, same_outcome
+from command_line import Driver, FinishedRun, must, sae, same_outcome, sentence
 
 from pipelines.collect import open_store
 from pipelines.configio import load_config
@@ -108,6 +109,19 @@ def test_killed_worker_of_two_is_restarted_from_the_checkpoint(
     assert steps(run.out) == steps(two_workers.out)
     trained = "checkpoints/main/dictionary"
     assert weights(run.out / trained) == weights(two_workers.out / trained)
+
+
+@pytest.mark.slow
+def test_training_that_diverges_ends_with_one_sentence_and_no_second_attempt(finished: FinishedRun, tmp_path):
+    run = finished.copy(tmp_path / "run", without=STAGES[1:])
+    settings = ("train.lr=1e25", "train.warmup_fraction=0", "train.checkpoint_every=1")
+    told = sentence(sae("train", run.out, *(word for each in settings for word in ("--set", each))), 1)
+    assert re.fullmatch(
+        r"training main failed: The loss must be finite, got \w+ at step 1 .*"
+        r"The last good checkpoint is .*checkpoints/main/step-00000001\.",
+        told,
+    )
+    assert [step["step"] for step in steps(run.out)] == [1]
 
 
 @pytest.mark.slow
