@@ -265,13 +265,14 @@ def _path_gradients(
     generator = torch.Generator().manual_seed(seed)
     group_of_f = torch.randint(groups, value.f.shape[1:], generator=generator).to(value.f.device)
     group_of_error = torch.randint(groups, value.f.shape[1:2], generator=generator).to(value.f.device).unsqueeze(-1)
-    of_latents, of_errors = torch.zeros_like(value.f), torch.zeros_like(value.error)
+    exact = torch.promote_types(value.error.dtype, torch.float32)
+    of_latents, of_errors = torch.zeros_like(value.f), torch.zeros_like(value.error, dtype=exact)
     for group in range(groups):
         ours_f, ours_error = group_of_f == group, group_of_error == group
         # f and the error enter the hook's activations linearly: the gradient of those gives both.
         way = (((value.f_to - value.f) * ours_f) @ W_dec * value.scale).to(value.error.dtype)
         way = way + (value.error_to - value.error) * ours_error
-        gradient = torch.zeros_like(way)
+        gradient = torch.zeros_like(way, dtype=exact)
         for step in range(steps):
             moved = ((step + 0.5) / steps * way).requires_grad_()
             with replace_activations(model, dictionary.output_hooks[0], _adding(moved)), torch.enable_grad():
