@@ -18,6 +18,12 @@ GOLDEN = Path(__file__).parent / "golden"
 X = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.fixture(autouse=True)
+def no_resolver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where `pipelines.hub` is not imported; the test session may have done so."""
+    monkeypatch.setattr(Dictionary, "_resolver", None)
+
+
 def saved(folder: Path, config: SAEConfig = CONFIGS[1]) -> Path:
     dictionary = Dictionary(random_sae(config), hook_name="model.layers.8", metadata={"model_name": "tiny"})
     return dictionary.save(

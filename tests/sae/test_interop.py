@@ -34,6 +34,12 @@ NAMES = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())
 D_IN, D_SAE, K = 6, 24, 3
 
 
+@pytest.fixture(autouse=True)
+def no_resolver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where `pipelines.hub` is not imported; the test session may have done so."""
+    monkeypatch.setattr(Dictionary, "_resolver", None)
+
+
 def random_tensors(**shapes: tuple[int, ...]) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(3)
     return {name: torch.randn(shape, generator=generator) * 0.5 for name, shape in shapes.items()}
