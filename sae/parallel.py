@@ -39,6 +39,10 @@ LayoutName = Literal["data", "features", "alone"]
 """See the module; "alone" is for a process that trains an SAE by itself, whatever others do."""
 
 
+_LARGE = 2**16
+"""Elements from which a gradient is worth a collective of its own: copying it would take longer."""
+
+
 class Group:
     """The processes that share something: the default torch.distributed group when one is initialised.
 
@@ -124,12 +128,23 @@ class Group:
         return everyone
 
     def sum_gradients(self, parameters: Sequence[Tensor]) -> None:
-        """Sum the gradients over processes in one bucket; the losses, normalised over the global batch, add up."""
+        """Sum the gradients over processes; the losses, normalised over the global batch, add up.
+
+        Large ones are summed in place, the others together.
+        """
         if self.world_size == 1:
             return
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        bucket = self._sum_in_place(torch.cat([gradient.reshape(-1) for gradient in gradients]))
-        for gradient, total in zip(gradients, torch.split(bucket, [g.numel() for g in gradients]), strict=True):
+        small: list[Tensor] = []
+        for gradient in (parameter.grad for parameter in parameters if parameter.grad is not None):
+            stored = gradient if gradient.is_contiguous() or gradient.ndim != 2 else gradient.t()
+            if stored.numel() >= _LARGE and stored.is_contiguous():
+                self._sum_in_place(stored)
+            else:
+                small.append(gradient)
+        if not small:
+            return
+        bucket = self._sum_in_place(torch.cat([gradient.reshape(-1) for gradient in small]))
+        for gradient, total in zip(small, torch.split(bucket, [g.numel() for g in small]), strict=True):
             gradient.copy_(total.view_as(gradient))
 
     def total_variance(self, x: Float[Tensor, "batch d_in"]) -> tuple[Float[Tensor, ""], int]:

@@ -63,8 +63,27 @@ def dist_rank() -> int:
 
 def rank_results(rank: int) -> dict[str, Any]:
     """Every architecture in turn: starting processes takes longer than the training."""
+    gradients_of_any_layout_are_summed(rank)
     results = {name: rank_result(rank, name) for name in CONFIGS}
     return results | {"agreed": what_is_agreed(slice(rank * BATCH // 2, (rank + 1) * BATCH // 2))}
+
+
+def gradients_of_any_layout_are_summed(rank: int) -> None:
+    """Large and small, stored by row and by column."""
+    group = Group()
+    shapes = [(512, 256), (256, 512), (3, 2), (70_000,)]
+    values = [torch.arange(float(torch.Size(shape).numel())).view(shape) for shape in shapes]
+    values += [values[0].t(), values[2].t()]
+    parameters = []
+    for value in values:
+        parameter = torch.zeros_like(value, requires_grad=True)
+        parameter.grad = value.clone().mul_(rank + 1)
+        parameters.append(parameter)
+    group.sum_gradients(parameters)
+    for parameter, value in zip(parameters, values, strict=True):
+        assert parameter.grad is not None
+        assert torch.equal(parameter.grad, 3 * value)
+    assert group.bytes_sent == 4 * sum(value.numel() for value in values)
 
 
 def what_is_agreed(part: slice) -> dict[str, torch.Tensor]:
