@@ -69,6 +69,8 @@ class Trackers:
             "wandb": lambda: WandB(folder, self._kept("wandb", lambda: uuid.uuid4().hex[:12]), title, settings),
             "mlflow": lambda: MLflow(folder, self._kept, title, settings),
         }
+        if names and "failed" in (record := recorded(folder)):  # by an earlier attempt
+            write_json(folder / TRACKERS_FILE, {key: value for key, value in record.items() if key != "failed"})
         self._threads = {name: _Background(name, make[name]) for name in dict.fromkeys(names)}
 
     def log(self, figures: Mapping[str, Any]) -> None:
@@ -172,7 +174,7 @@ class TensorBoard:
     def __init__(self, folder: Path, step: int) -> None:
         from tensorboardX import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None, flush_secs=10)
+        self._writer = SummaryWriter(str(folder), purge_step=step + 1, flush_secs=10)
 
     def log(self, lines: Sequence[Line]) -> None:
         """See `Tracker.log`."""

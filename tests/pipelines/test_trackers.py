@@ -141,6 +141,8 @@ def test_tracker_that_fails_is_told_of_once_and_dropped(tmp_path: Path, monkeypa
     tracked.log({"step": 2, "loss": 1.0})  # no second warning, which would be an error here
     tracked.close()
     assert recorded(tmp_path)["failed"] == {"tensorboard": "ConnectionError: the server is gone"}
+    made(monkeypatch, tmp_path, Recording()).close()
+    assert "failed" not in recorded(tmp_path), "another attempt begins anew"
 
 
 def test_tracker_that_hangs_does_not_hold_up_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
