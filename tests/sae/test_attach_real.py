@@ -84,7 +84,8 @@ def test_effects_predict_exact_ablation(lm: Any, dictionaries: dict[str, Diction
         logits: Tensor = output.logits[:, -1]
         return logits[:, paris] - logits[:, rome]
 
-    atp, ig_top, ig = compared(lm.model, metric, dictionaries, "resample", dict(clean), dict(patched))
+    stream = {"early": dictionaries["early"]}
+    atp, ig_top, ig = compared(lm.model, metric, stream, "resample", dict(clean), dict(patched))
     assert atp >= 0.8
     assert ig_top >= 0.95
     assert ig >= 0.9
