@@ -76,7 +76,8 @@ class HubResolver:
 def _repository(name: str) -> tuple[str, str]:
     """Repository id and folder inside of "org/name/sub/folder"."""
     parts = name.strip("/").split("/")
-    if len(parts) < 2 or any(part in ("", ".", "..") for part in parts):
+    is_path = name.startswith(("/", ".", "~"))  # which is not there: nobody else is asked for it
+    if is_path or len(parts) < 2 or any(part in ("", ".", "..") for part in parts):
         raise FileNotFoundError(
             f"A dictionary is a folder, a repository (org/name), a URL (s3://bucket/prefix) or a SAELens name "
             f"(release/sae_id), but {name!r} is none of them. Check the path."
@@ -112,8 +113,9 @@ def _cached(repository: str, folder: str, revision: str | None, error: Exception
         if isinstance(found, str):
             return Path(found.removesuffix(name).rstrip("/"))
     raise FileNotFoundError(
-        f"The dictionary {folder or '.'} of the repository {repository} is not in the Hugging Face Hub's cache, and "
-        "HF_HUB_OFFLINE is set. Unset it, or fetch the dictionary beforehand."
+        f"There is no such folder here, the Hugging Face Hub's cache does not hold {folder or 'a dictionary'} of the "
+        f"repository {repository}, and HF_HUB_OFFLINE is set. Check the path; or unset it, or fetch the dictionary "
+        "beforehand."
     ) from error
 
 
@@ -150,8 +152,8 @@ def _hub_errors(repository: str, revision: str | None) -> Iterator[None]:
         ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise FileNotFoundError(
-            f"There is no repository {repository} on the Hugging Face Hub, or it is private and `token` is missing. If "
-            "that is a SAELens release, install sae-lens, whose list of releases is needed."
+            f"There is no such folder here and no repository {repository} on the Hugging Face Hub; or it is private "
+            "and `token` is missing; or it is a SAELens release: install sae-lens, whose list of releases is needed."
         ) from error
     except RevisionNotFoundError as error:
         raise FileNotFoundError(f"The repository {repository} has nothing{at}. Check `revision`.") from error
