@@ -26,8 +26,13 @@ def describe(path: StorePlace) -> dict[str, Any]:
         return _describe_dictionary(path)
     if (path / "config.yaml").exists():
         return _describe_run(path)
+    from sae.folder import is_dictionary
+
+    if path.is_dir() and is_dictionary(path):
+        return _describe_dictionary(path)
     raise UsageError(
-        f"{path} is not a store (spec.json or meta.json), a dictionary (cfg.json) or a run directory (config.yaml)"
+        f"{path} is not a store (spec.json or meta.json), a dictionary (cfg.json, or another tool's files) or a run "
+        "directory (config.yaml)"
     )
 
 
@@ -137,7 +142,7 @@ def _describe_dictionary(path: Path) -> dict[str, Any]:
         "d_sae": dictionary.d_sae,
         "features": 0 if features is None else features.num_rows,
         "metrics": {key: value for key, value in dictionary.metrics.items() if not isinstance(value, list)},
-        "provenance": dictionary.provenance,
+        "provenance": dictionary.provenance or dictionary.metadata,
     }
 
 

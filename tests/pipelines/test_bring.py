@@ -77,3 +77,10 @@ def test_a_config_and_a_dictionary_exclude_each_other(tmp_path: Path) -> None:
     assert "a config says all of it: drop --dictionary" in both
     neither = sentence(sae_here("label", "--dictionary", tmp_path), 2)
     assert "missing: --model, --text" in neither
+
+
+def test_info_tells_what_another_tool_s_folder_is(tmp_path: Path) -> None:
+    facts = json.loads(must(sae_here("info", gemma_scope_folder(tmp_path / "layer_3"), "--json")))
+    assert (facts["kind"], facts["architecture"], facts["d_in"], facts["d_sae"]) == ("dictionary", "jumprelu", 32, 64)
+    facts = json.loads(must(sae_here("info", saelens_folder(tmp_path / "saelens"), "--json")))
+    assert facts["provenance"]["hook_name"] == "blocks.1.hook_resid_post"

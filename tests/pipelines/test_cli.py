@@ -256,9 +256,8 @@ def test_info_of_a_run(finished):
 
 def test_info_of_anything_else_says_what_it_looks_for(tmp_path):
     message = one_sentence(sae("info", tmp_path / "nothing"), 2)
-    assert (
-        "is not a store (spec.json or meta.json), a dictionary (cfg.json) or a run directory (config.yaml)" in message
-    )
+    assert "is not a store (spec.json or meta.json), a dictionary (cfg.json, or another tool's files)" in message
+    assert "or a run directory (config.yaml)" in message
 
 
 def test_info_of_a_damaged_dictionary(run):

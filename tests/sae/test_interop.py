@@ -172,6 +172,17 @@ def test_a_foreign_dictionary_saved_here_is_the_same_when_it_comes_back(name: st
     )
 
 
+def test_loading_leaves_the_files_alone_although_it_folds_into_mapped_weights(tmp_path: Path) -> None:
+    folder = copied("sae_lens-topk_rescaled", tmp_path / "one")
+    before = (folder / "sae_weights.safetensors").read_bytes()
+    dictionary = Dictionary.load(folder)
+    stored = load_file(folder / "sae_weights.safetensors")
+    assert not torch.equal(dictionary.W_dec, stored["W_dec"]), "it was folded"
+    dictionary.sae.W_dec.zero_()
+    assert (folder / "sae_weights.safetensors").read_bytes() == before
+    assert Dictionary.load(folder).W_dec.any()
+
+
 def test_a_training_backup_of_dictionary_learning_has_its_biases_scaled(tmp_path: Path) -> None:
     source = GOLDEN / "dictionary_learning-BatchTopKSAE"
     state = torch.load(source / "ae.pt", weights_only=True)
