@@ -174,7 +174,8 @@ class TensorBoard:
     def __init__(self, folder: Path, step: int) -> None:
         from tensorboardX import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=step + 1, flush_secs=10)
+        # The suffix, because names are otherwise of the second in which an attempt begins.
+        self._writer = SummaryWriter(str(folder), purge_step=step + 1, flush_secs=10, filename_suffix=f".{step}")
 
     def log(self, lines: Sequence[Line]) -> None:
         """See `Tracker.log`."""

@@ -23,7 +23,7 @@ from pipelines.training.interruption import Interrupted, Notice
 from sae import latest_checkpoint
 from storage import ActivationStore
 
-N_STEPS, EVERY = 100, 1000
+N_STEPS, EVERY = 60, 1000
 SAES = {"main": {"d_sae": 64, "k": 8}, "second": {"d_sae": 64, "k": 4}}
 WORKER = """
 import pickle, sys
@@ -145,7 +145,7 @@ def test_interrupted_at_the_first_step_is_saved_there(
     config: RunConfig, store: ActivationStore, tmp_path: Path
 ) -> None:
     run = RunDir(tmp_path / "run")
-    with pytest.raises(Interrupted, match="stopped after step 1 of 100, which is saved"):
+    with pytest.raises(Interrupted, match="stopped after step 1 of 60, which is saved"):
         train_here(config, run, store, interrupted=lambda: True)
     assert (run.checkpoints("second") / "step-00000001").is_dir()
 
