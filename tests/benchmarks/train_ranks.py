@@ -1,4 +1,4 @@
-"""Part of `make bench-train`, and by itself `python -m tests.benchmarks.train_ranks`: two ranks against one process.
+"""Part of `make bench-train`, and by itself `make bench-train_ranks`: two ranks against one process.
 
     data_topk_efficiency, data_batchtopk_efficiency            rows spread over 2 ranks
     features_topk_efficiency, features_batchtopk_efficiency    latents spread over 2 ranks
@@ -164,7 +164,7 @@ def main() -> None:
     suffixes = [suffix for suffix, width in WIDTHS.items() if width in asked.widths]
     if asked.quick:
         WIDTHS.update({"": 256, "_16384": 512})
-    report = Report("train-ranks", "Two ranks against one process, rows or latents spread over them", 1)
+    report = Report("train_ranks", "Two ranks against one process, rows or latents spread over them", 1)
     report.facts["setting"] = f"d_in {D_IN}, k {K}, batch {BATCH}, float32, {N_RANKS} ranks of one thread over gloo"
     report.facts["cores"] = str(os.cpu_count())
     for suffix in suffixes:
