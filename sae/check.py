@@ -5,13 +5,14 @@
 
 A dictionary at the wrong hook, or fed without the BOS that it was trained with, gives latents all the same; only its
 reconstruction tells. It is evaluated at its hook and under each usual mistake. The mistakes are ranked by FVU, times
-the factor by which L0 misses the recorded one: with a threshold, activations of the wrong layer or scale are often
-reconstructed rather well by many more latents than they should need.
+the root of the factor by which L0 misses the recorded one: with a threshold, activations of the next layer or of
+another scale are reconstructed nearly as well, but by many more latents.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,13 +26,13 @@ from sae.metrics import FVU
 from sae.naming import find_hook, place_of, split_hook_name
 from sae.tokennorm import normalise_tokens
 
-_WORSE, _SLACK = 1.5, 0.1
+_WORSE, _SLACK = 2.0, 0.15
 """FVU is off where it exceeds the recorded one by this factor and by this much: other text alone changes it by less."""
 _PLAUSIBLE_FVU = 0.6
 """Where none is recorded: published dictionaries lie below."""
 _L0_FACTOR, _NORM_FACTOR = 3.0, 1.5
 """L0 and the median norm are off where they differ from the recorded ones by more than these factors."""
-_BETTER = 0.75
+_BETTER = 0.9
 """A mistake explains a misfit if it lowers that product to this share, at least, and by `_LEAST`."""
 _LEAST = 0.02
 
@@ -180,19 +181,32 @@ def _transforms(x: Float[Tensor, "batch seq d_in"]) -> list[tuple[str, Tensor]]:
 
 @torch.no_grad()
 def _activations(model: Any, tokens: Int[Tensor, "batch seq"], hook_names: Sequence[str]) -> dict[str, Tensor]:
-    """float32 activations [batch, seq, width] at every hook, few texts at a time since logits are large."""
-    seen: dict[str, list[Tensor]] = {name: [] for name in hook_names}
+    """float32 activations [batch, seq, width] at every hook; layers after the last one are not run.
+
+    Raises: ValueError if the forward pass does not come to one of them.
+    """
+    seen: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[[Tensor], None]:
-        return lambda x: seen[name].append(x.float().reshape(*part.shape, -1))
+        def on(x: Tensor) -> None:
+            seen[name] = x.float().reshape(*tokens.shape, -1)
+            if len(seen) == len(set(hook_names)):
+                raise _AllSeen
+
+        return on
 
     with ExitStack() as stack:
-        for name in seen:
+        for name in set(hook_names):
             stack.enter_context(replace_activations(model, name, keep(name)))
-        for start in range(0, len(tokens), 4):
-            part = tokens[start : start + 4]
-            model(part)
-    return {name: torch.cat(parts) for name, parts in seen.items()}
+        stack.enter_context(suppress(_AllSeen))
+        model(tokens)
+    if missing := [name for name in hook_names if name not in seen]:
+        raise ValueError(f"The forward pass never comes to {missing}. Choose modules that text passes through.")
+    return seen
+
+
+class _AllSeen(Exception):
+    """Ends a forward pass."""
 
 
 def _sides(dictionary: Dictionary, seen: Mapping[str, Tensor], names: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -271,11 +285,10 @@ def _recorded(dictionary: Dictionary) -> dict[str, float]:
 
 
 def _score(fit: Fit, recorded: Mapping[str, float]) -> float:
-    """FVU, times the factor by which L0 misses the recorded one."""
     if "l0" not in recorded:
         return fit.fvu
     ratio = max(fit.l0, 1e-3) / max(recorded["l0"], 1e-3)
-    return fit.fvu * max(ratio, 1 / ratio)
+    return fit.fvu * math.sqrt(max(ratio, 1 / ratio))
 
 
 def _fvu_limit(recorded: Mapping[str, float]) -> float:
@@ -308,8 +321,8 @@ def _verdict(
     hook = ", ".join(dictionary.hook_names)
     ranked = tuple(sorted(others, key=lambda fit: _score(fit, recorded)))
     # Of nearly equal ones the first: hooks come before conventions.
-    score = _score(own, recorded)
-    good_enough = min(_BETTER * score, score - _LEAST, 1.05 * min(_score(fit, recorded) for fit in others))
+    score, least = _score(own, recorded), min((_score(fit, recorded) for fit in others), default=0.0)
+    good_enough = min(_BETTER * score, score - _LEAST, 1.05 * least)
     plausible = [fit for fit in others if fit.fvu <= max(_PLAUSIBLE_FVU, _fvu_limit(recorded))]
     best = next((fit for fit in plausible if _score(fit, recorded) <= good_enough), None)
     elsewhere = _recorded_hooks(dictionary)

@@ -1,6 +1,7 @@
 """check: a dictionary that fits is said to fit, and each usual mistake is named."""
 
 import copy
+from contextlib import ExitStack
 from dataclasses import FrozenInstanceError
 from pathlib import Path
 from typing import Any
@@ -137,9 +138,10 @@ def test_another_model_is_suspected_by_its_name(llama: Any, fitting: Dictionary,
     """Where no hypothesis fits, the recorded name decides what is said."""
     metrics = {"fvu": check(fitting, llama, texts).own.fvu}
     named = moved(fitting, HOOK, metadata={"model_name": "Qwen/Qwen3-8B-Base"}, metrics=metrics)
-    with (
-        replace_activations(llama, HOOK, lambda x: x.flip(-1)),
-    ):
+    offset = torch.tensor([40.0, -40.0]).repeat(16)
+    with ExitStack() as stack:
+        for layer in range(3):
+            stack.enter_context(replace_activations(llama, f"model.layers.{layer}", lambda x: x + offset))
         report = check(named, llama, texts, model_name="Qwen/Qwen3-8B")
         assert "a base model for an instruct model" in (report.cause or "")
         report = check(named, llama, texts, model_name="meta-llama/Llama-3.2-1B")
