@@ -52,7 +52,7 @@ def compared(
     options: dict[str, Any] = {"dictionaries": dictionaries, "baseline": baseline}
     values = node_values(model, clean, patched, exclude=None, **options)
     nodes = moving_nodes(values)
-    assert len(nodes) > 100
+    assert len(nodes) > 60
     exact = exact_effects(model, metric, clean, patched, nodes=nodes, **options)
     atp = predicted(attribute(model, metric, clean, patched, method="atp", **options), nodes)
     ig = predicted(attribute(model, metric, clean, patched, method="ig", **options), nodes)
