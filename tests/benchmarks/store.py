@@ -189,8 +189,9 @@ def measure_saelens(report: Report, size: Size, scratch: Path) -> None:
 
                 saves = "saves nothing" if request == "activations" else "float32 Arrow, no fsync, no checksums"
                 report.add(Figure.of(name, interleaved(theirs, bare, pairs=size.pairs), note=saves))
-            n_bytes = peer.call("write_cache", n_contexts=size.read_contexts)
-            per_batch = 4096 * n_bytes // (size.read_contexts * size.length)
+            n_contexts = min(size.read_contexts, 512)  # they go through the model
+            n_bytes = peer.call("write_cache", n_contexts=n_contexts)
+            per_batch = 4096 * n_bytes // (n_contexts * size.length)
             n_reads = max(1, n_bytes // per_batch // 2)
             raw = scratch / "saelens.raw"
             np.zeros(n_bytes, np.uint8).tofile(raw)
