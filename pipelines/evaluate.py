@@ -183,15 +183,11 @@ def evaluate_splice(
         chosen = torch.from_numpy(selected(store, low, high, selection)).to(lm.device)
         target, counted_all = tokens[:, 1:], (spans[:, 1:] > 0) & chosen[:, :-1]
         counted = counted_all & ~sinks[:, :-1]
-
-        def logits(kind: str, spared: Tensor, inputs: tuple[Tensor, Tensor] = (tokens, position)) -> Tensor:
-            return _logits(lm, *inputs, dictionary, kind, spared)
-
         with prefix.record():
-            clean = logits("keep", sinks)
+            clean = _logits(lm, tokens, position, dictionary, "keep", sinks)
         if low == start and len(prefix):
             with prefix.replay():
-                again = logits("keep", sinks)
+                again = _logits(lm, tokens, position, dictionary, "keep", sinks)
             if not torch.equal(again, clean):
                 prefix = Prefix(lm.model, ())  # this model's layers hand on more than the residual stream
         sums["clean"].add(clean, clean, target, counted)
@@ -199,7 +195,7 @@ def evaluate_splice(
         for kind in ("splice", "zero"):
             for suffix, spared, counts in (("", sinks, counted), ("_all", torch.zeros_like(sinks), counted_all)):
                 with prefix.replay():
-                    changed = logits(kind, spared)
+                    changed = _logits(lm, tokens, position, dictionary, kind, spared)
                 sums[kind + suffix].add(changed, clean, target, counts)
                 del changed
         bar.advance(tokens.numel())
