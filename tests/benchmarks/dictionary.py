@@ -11,12 +11,10 @@ Ratios are costs (ours / theirs) but for the last, which is relative speed. Opti
 shows only that everything works, `--only NAME …` for some of the parts.
 """
 
-import argparse
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,11 +27,10 @@ from pipelines.progress import SilentReporter
 from pipelines.rundir import RunDir
 from sae import SAE, BatchTopKConfig, BatchTopKSAE, Dictionary, TopKConfig, attach, build
 from storage import ActivationStore
-from tests.benchmarks.harness import ROOT, Figure, Ratio, Report, interleaved, timed
+from tests.benchmarks.harness import ROOT, Figure, Ratio, Report, interleaved, measure_parts, timed
 from tests.benchmarks.store import HOOK, fill, spec_of
 
 THREADS = os.cpu_count() or 1
-PARTS = ("import", "load", "encode", "attach", "latents")
 
 
 @dataclass(frozen=True)
@@ -202,12 +199,6 @@ def measure_latents(report: Report, size: Size, scratch: Path) -> None:
 
 def main() -> None:
     """Measure, print, and write the note."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--note", type=Path, help="folder for the note, instead of docs/benchmarks")
-    asked = parser.parse_args()
-    size = QUICK if asked.quick else FULL
     report = Report("dictionary", "Dictionaries against the least they could cost", THREADS)
     measures = {
         "import": measure_import,
@@ -216,13 +207,7 @@ def main() -> None:
         "attach": measure_attach,
         "latents": measure_latents,
     }
-    with tempfile.TemporaryDirectory(prefix="bench-dictionary-", dir=os.environ.get("BENCH_SCRATCH")) as scratch:
-        for part, measure in measures.items():
-            if part in asked.only:
-                began = time.perf_counter()
-                measure(report, size, Path(scratch))
-                print(f"[{part}: {time.perf_counter() - began:.0f} s]", flush=True)
-    report.finish(*([asked.note] if asked.note else []))
+    measure_parts(__doc__, report, (QUICK, FULL), measures)
 
 
 if __name__ == "__main__":

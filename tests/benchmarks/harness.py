@@ -10,12 +10,14 @@ Only the standard library is imported here, so that a peer's script can use `ser
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -275,6 +277,37 @@ class Report:
             *(f"## {heading}\n\n{body}" for heading, body in self.sections),
         ]
         return "\n\n".join(parts) + "\n"
+
+
+def measure_parts(
+    description: str,
+    report: Report,
+    sizes: tuple[Any, Any],
+    measures: Mapping[str, Callable[[Report, Any, Path], object]],
+    absent: type[Exception] = PeerAbsent,
+) -> None:
+    """The command line of a benchmark of several parts: measure those asked for, print, and write the note.
+
+    Args:
+        description: its first line is what `--help` says.
+        sizes: what `--quick` measures with, and what is measured with otherwise.
+        measures: by name, called with the report, the size and a scratch folder that all parts share.
+        absent: an error that says that a part cannot be measured here; the report says why.
+    """
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="small sizes: shows only that everything works")
+    parser.add_argument("--only", nargs="+", choices=list(measures), default=list(measures), help="some of the parts")
+    parser.add_argument("--note", type=Path, default=NOTES, help="folder for the note, instead of docs/benchmarks")
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix=f"bench-{report.name}-", dir=os.environ.get("BENCH_SCRATCH")) as scratch:
+        for part in asked.only:
+            began = time.perf_counter()
+            try:
+                measures[part](report, sizes[0] if asked.quick else sizes[1], Path(scratch))
+            except absent as why:
+                report.add(Figure.absent(part, why))
+            print(f"[{part}: {time.perf_counter() - began:.0f} s]", flush=True)
+    report.finish(asked.note)
 
 
 def machine_facts(threads: int) -> dict[str, str]:

