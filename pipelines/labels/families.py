@@ -15,6 +15,7 @@ part of speech) is one more family: an integer per token and a name per category
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -94,6 +95,15 @@ class TokenTable:
     @property
     def n_tokens(self) -> int:
         return len(self.token)
+
+    @cached_property
+    def piece_end(self) -> NDArray[np.int64]:
+        """Last token row of the document piece of each token; a piece ends with its context at the latest."""
+        row = np.arange(self.n_tokens)
+        ends = np.ones(self.n_tokens, bool)
+        follows = (self.document[1:] == self.document[:-1]) & (self.position[1:] == self.position[:-1] + 1)
+        ends[:-1] = ~follows | (row[1:] % self.context_length == 0)
+        return np.asarray(np.minimum.accumulate(np.where(ends, row, self.n_tokens)[::-1])[::-1], np.int64)
 
     def rows(self, split: str) -> NDArray[np.int64]:
         """Usable token rows of `train` or `heldout`, ascending."""
