@@ -154,7 +154,7 @@ def test_five_concepts_are_shipped_and_load():
 def test_shipped_concepts_are_large_balanced_and_without_near_duplicates(path):
     concept = load_concept(path)
     examples = examples_of(concept)
-    assert len(concept.positives) == len(concept.hard_negatives) == 80
+    assert min(len(concept.positives), len(concept.hard_negatives)) >= 80
     assert shared_ngrams([e.text for e in examples], [e.group for e in examples]) == []
     assert all(5 <= len(words(e.text)) <= 60 for e in examples)
     labels = np.array([e.positive for e in examples])
