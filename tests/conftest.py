@@ -41,6 +41,20 @@ def token_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def session_ledger(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What session fixtures audit is recorded here, not in the ledger of whoever runs the tests."""
+    os.environ["SAE_PIPELINES_LEDGER"] = str(tmp_path_factory.mktemp("ledger") / "ledger.jsonl")
+
+
+@pytest.fixture(autouse=True)
+def ledger(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A ledger of audits for this test alone; processes that it starts inherit it."""
+    path = tmp_path_factory.mktemp("ledger") / "ledger.jsonl"
+    monkeypatch.setenv("SAE_PIPELINES_LEDGER", str(path))
+    return path
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a randomly initialised three-layer Llama with its own tokenizer."""

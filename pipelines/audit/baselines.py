@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from scipy import optimize
 
-from pipelines.audit.concepts import words
+from pipelines.audit.examples import words
 
 PENALTY = 0.1
 """Ridge penalty per text for rows of about unit length (scikit-learn's C = 10)."""
@@ -83,17 +83,32 @@ def logistic(
 
 
 def cross_validated_bag_of_words(
-    texts: Sequence[str], labels: Bool[np.ndarray, " n_texts"], *, folds: int = 5, seed: int = 0
+    texts: Sequence[str],
+    labels: Bool[np.ndarray, " n_texts"],
+    groups: Sequence[str] | None = None,
+    *,
+    folds: int = 5,
+    seed: int = 0,
 ) -> Float[np.ndarray, " n_texts"]:
-    """Out-of-fold bag-of-words scores of every text, standardised within each fold so that folds compare."""
+    """Out-of-fold bag-of-words scores of every text, standardised within each fold so that folds compare.
+
+    Folds are of whole groups, dealt evenly over groups of positives, of negatives and of both.
+    """
+    names = np.arange(len(texts)) if groups is None else np.unique(list(groups), return_inverse=True)[1]
+    n_groups = int(names.max()) + 1
+    has_positive = np.bincount(names, labels, n_groups) > 0
+    has_negative = np.bincount(names, ~labels, n_groups) > 0
     rng = np.random.default_rng(seed)
-    fold = np.empty(len(texts), dtype=int)
-    for side in (True, False):
-        rows = rng.permutation(np.flatnonzero(labels == side))
-        fold[rows] = np.arange(rows.size) % folds
+    fold_of = np.empty(n_groups, dtype=int)
+    for kind in (has_positive & ~has_negative, has_negative & ~has_positive, has_positive & has_negative):
+        rows = rng.permutation(np.flatnonzero(kind))
+        fold_of[rows] = np.arange(rows.size) % folds
+    fold = fold_of[names]
     out = np.zeros(len(texts))
     for f in range(folds):
         inside = fold == f
+        if not inside.any() or np.unique(labels[~inside]).size < 2:
+            continue
         scores = bag_of_words([t for t, i in zip(texts, inside, strict=True) if not i], labels[~inside],
                               [t for t, i in zip(texts, inside, strict=True) if i])  # fmt: skip
         out[inside] = (scores - scores.mean()) / max(float(scores.std()), 1e-12)

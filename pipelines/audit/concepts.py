@@ -6,20 +6,30 @@ A concept file is YAML:
     name: deception                  # file-name safe; also the name of the audit
     title: Deception
     description: Someone means another person to believe what they know to be false.
-    positives: [text, {text: ..., group: source-a}, ...]
-    hard_negatives: [...]            # the same words and scenes without the concept
-    negatives: [...]                 # optional: ordinary texts
+    positives: [text, {text: …, group: source-a}, {messages: [{role: user, content: …}, …]}, …]
+    hard_negatives: […]              # the same words and scenes without the concept
+    negatives: […]                   # optional: ordinary texts
+    ood:                             # optional: another kind of text, looked at last
+      positives: […]
+      negatives: […]                 # or a list of {text: …, label: positive | negative}
+    groups: {letters: ["positives[0]", "hard_negatives[3]"]}      # optional: what shares a source or template
+    pairs: [["positives[0]", "hard_negatives[0]"], …]             # optional: versions of one text
+    position: all                    # of chats: all | user | assistant | last_prompt_token
+    wordlist: [lie, lied, …]         # optional: words of the concept, for a baseline that only looks for them
+    outcome_tokens: [" Sorry", …]    # optional: how an answer that shows the behaviour begins
+    query: strategic dishonesty      # optional: proposes latents by their labels, and confirms none
+    redact: true                     # keep texts out of everything written
 
-or, for a topic that the corpus itself labels, `topic: {positive: Geography, exclude: [Uncategorized]}`.
-Texts that share a `group` (a source, a template) stay on one side of every split; a text without one is its own group.
+In place of the lists, `topic: {positive: Geography, exclude: [Uncategorized]}` takes documents of the corpus by their
+label. A `.jsonl` file is a concept as well: `{text or messages, label, group, ood}` a line, labels as above or true and
+false, its name that of the file; a first line `{"concept": {title: …, …}}` may hold the other keys.
+
+Texts that share a `group` (a source, a template, a pair) stay on one side of every split; a text without one is its own
+group.
 """
 
 import difflib
-import hashlib
-import re
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,51 +37,55 @@ import numpy as np
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from pipelines.audit.conceptchecks import MIN_GROUPS, REFERENCE, problems_of
+from pipelines.audit.examples import Example, Position, Role
+from pipelines.audit.jsonlines import from_json_lines
+from pipelines.chat import checked_messages
 from pipelines.errors import UsageError
 from pipelines.yamlfiles import load_yaml
-
-MIN_GROUPS = 30
-"""Independent texts that each class needs: with 15 per half, 80 % power starts near an AUROC of 0.93."""
-MAX_CHARACTERS = 4000
-
-Role = Literal["positive", "hard_negative", "negative"]
 
 
 class ConceptError(UsageError):
     """A concept file that cannot be used; the message lists every problem and its fix."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Example:
-    """One labelled text."""
-
-    text: str
-    role: Role
-    group: str
-
-    @property
-    def positive(self) -> bool:
-        """Whether the concept is present."""
-        return self.role == "positive"
-
-    @property
-    def digest(self) -> str:
-        """Identity of the text: the first 16 hex digits of its SHA-256."""
-        return hashlib.sha256(self.text.encode()).hexdigest()[:16]
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Item(BaseModel):
+def _as_messages(value: Any) -> Any:
+    return None if value is None else tuple((role, content) for role, content in checked_messages(value))
+
+
+class Item(_Section):
     """One entry of a list of examples; a bare string is an entry without a group."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    text: str
+    text: str | None = None
+    messages: Annotated[tuple[tuple[str, str], ...] | None, BeforeValidator(_as_messages)] = None
+    """A chat in place of a text: {role, content} each."""
     group: str | None = None
 
+    @model_validator(mode="after")
+    def _one_kind(self) -> "Item":
+        if (self.text is None) == (self.messages is None):
+            raise ValueError("give exactly one of text and messages")
+        return self
 
-class Topic(BaseModel):
+    @property
+    def content(self) -> str:
+        """The text, or the contents of the messages."""
+        return self.text if self.text is not None else "\n\n".join(c for _, c in self.messages or ())
+
+
+class OodItem(Item):
+    """An out-of-distribution example that carries its label."""
+
+    label: Literal["positive", "negative"]
+
+
+class Topic(_Section):
     """A concept that the corpus labels: its documents of one topic against those of all others."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     positive: str
     """Documents of this topic are positives."""
     exclude: tuple[str, ...] = ()
@@ -87,10 +101,39 @@ def _as_items(value: Any) -> Any:
 Items = Annotated[tuple[Item, ...], BeforeValidator(_as_items)]
 
 
-class Concept(BaseModel):
-    """A validated concept specification."""
+class OodSet(_Section):
+    """Texts of another kind: another register, source or language."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    positives: Items = ()
+    negatives: Items = ()
+
+
+def _as_ood(value: Any) -> Any:
+    """A list of labelled items, sorted into the two lists."""
+    if not isinstance(value, list):
+        return value
+    try:
+        items = [OodItem.model_validate(v) for v in value]
+    except ValidationError as error:
+        raise ValueError("a list entry must be {text or messages, label: positive or negative, group}") from error
+
+    def of(label: str) -> list[dict[str, Any]]:
+        return [
+            {
+                "text": i.text,
+                "group": i.group,
+                "messages": i.messages and [{"role": r, "content": c} for r, c in i.messages],
+            }
+            for i in items
+            if i.label == label
+        ]
+
+    return {"positives": of("positive"), "negatives": of("negative")}
+
+
+class Concept(_Section):
+    """A validated concept specification; see the module."""
+
     schema_version: Literal[1] = 1
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")
     title: str = ""
@@ -100,13 +143,21 @@ class Concept(BaseModel):
     positives: Items = ()
     hard_negatives: Items = ()
     negatives: Items = ()
+    ood: Annotated[OodSet, BeforeValidator(_as_ood)] = OodSet()
+    groups: dict[str, tuple[Annotated[str, Field(pattern=REFERENCE)], ...]] = {}
+    pairs: tuple[Annotated[tuple[Annotated[str, Field(pattern=REFERENCE)], ...], Field(min_length=2)], ...] = ()
     topic: Topic | None = None
+    position: Position = "all"
+    """Which tokens of a chat are pooled."""
+    wordlist: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    outcome_tokens: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    query: str | None = None
     redact: bool = False
     """Keep example texts out of everything written; digests, lengths and scores stay."""
 
     @model_validator(mode="after")
     def _usable(self) -> "Concept":
-        problems = _problems(self)
+        problems = problems_of(self)
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -115,6 +166,10 @@ class Concept(BaseModel):
     def display(self) -> str:
         """Title for people."""
         return self.title or self.name.replace("_", " ")
+
+    def lists(self) -> dict[str, tuple[Item, ...]]:
+        """The written examples by the key that they stand under."""
+        return {"positives": self.positives, "hard_negatives": self.hard_negatives, "negatives": self.negatives}
 
 
 def load_concept(path: str | Path) -> Concept:
@@ -126,13 +181,15 @@ def load_concept(path: str | Path) -> Concept:
     """
     path = Path(path)
     try:
-        raw = load_yaml(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        raw = from_json_lines(text, path.stem) if path.suffix == ".jsonl" else load_yaml(text)
     except FileNotFoundError:
         near = ", ".join(sorted(p.name for p in path.parent.glob("*.yaml"))) or "none"
         raise ConceptError(f"a concept file must exist; {path} does not. Concept files beside it: {near}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
+        kind = "JSON lines" if path.suffix == ".jsonl" else "YAML"
         raise ConceptError(
-            f"a concept file must be UTF-8 YAML; {path} is not: {error}. Fix the syntax there."
+            f"a concept file must be UTF-8 {kind}; {path} is not: {error}. Fix the syntax there."
         ) from None
     if not isinstance(raw, dict):
         raise ConceptError(f"a concept file must be a mapping of keys; {path} holds a {type(raw).__name__}.")
@@ -148,7 +205,7 @@ def concept_from_dict(raw: dict[str, Any], *, where: str = "concept") -> Concept
         for e in error.errors():
             key = ".".join(str(part) for part in e["loc"])
             if e["type"] == "extra_forbidden":
-                owner = Topic if e["loc"][0] == "topic" else Concept if len(e["loc"]) == 1 else Item
+                owner = _owner(e["loc"])
                 near = difflib.get_close_matches(str(e["loc"][-1]), owner.model_fields, n=1, cutoff=0.0)[0]
                 lines.append(f"unknown key '{key}'; the nearest valid key is '{near}'")
             else:
@@ -158,26 +215,57 @@ def concept_from_dict(raw: dict[str, Any], *, where: str = "concept") -> Concept
         ) from None
 
 
+def _owner(where: tuple[int | str, ...]) -> type[_Section]:
+    """The section whose keys an unknown key could have meant."""
+    if len(where) == 1:
+        return Concept
+    sections: dict[str, type[_Section]] = {"topic": Topic, "ood": OodSet}
+    return sections.get(str(where[0]), Item) if len(where) == 2 else Item
+
+
+ROLE_OF: dict[str, Role] = {"positives": "positive", "hard_negatives": "hard_negative", "negatives": "negative"}
+
+
 def examples_of(concept: Concept) -> list[Example]:
-    """The examples written in the concept file, positives first.
+    """The examples written in the concept file, positives first, out-of-distribution ones last.
 
     Raises:
-        ConceptError: the concept is a topic, whose examples come from the corpus (`topic_examples`).
+        ConceptError: the concept takes its examples from elsewhere.
     """
     if concept.topic is not None:
         raise ConceptError(
             f"concept '{concept.name}' takes its examples from the corpus; call topic_examples with its documents."
         )
-    lists: list[tuple[Role, tuple[Item, ...]]] = [
-        ("positive", concept.positives),
-        ("hard_negative", concept.hard_negatives),
-        ("negative", concept.negatives),
-    ]
-    return [
-        Example(text=item.text, role=role, group=item.group or f"{role}-{i:04d}")
-        for role, items in lists
+    shared = _shared_groups(concept)
+    out = [
+        example_from(item, ROLE_OF[key], shared.get(f"{key}[{i}]", item.group), position=concept.position)
+        for key, items in concept.lists().items()
         for i, item in enumerate(items)
     ]
+    ood: list[tuple[Role, tuple[Item, ...]]] = [
+        ("positive", concept.ood.positives),
+        ("negative", concept.ood.negatives),
+    ]
+    return out + [
+        example_from(item, role, item.group, position=concept.position, ood=True)
+        for role, items in ood
+        for item in items
+    ]
+
+
+def example_from(
+    item: Item, role: Role, group: str | None, *, position: Position = "all", ood: bool = False
+) -> Example:
+    """An example; without a group it is its own, named by its digest."""
+    alone = Example(text=item.content, role=role, group="", ood=ood, messages=item.messages, position=position)
+    return Example(
+        text=item.content,
+        role=role,
+        group=group or f"text-{alone.digest}",
+        ood=ood,
+        messages=item.messages,
+        position=position,
+    )
 
 
 def topic_examples(
@@ -217,70 +305,28 @@ def topic_examples(
     return examples
 
 
-def shared_ngrams(texts: Sequence[str], groups: Sequence[str], n: int = 8) -> list[tuple[int, int]]:
-    """Pairs of texts from different groups that share n consecutive words (first pair per text): near duplicates."""
-    seen: dict[tuple[str, ...], int] = {}
-    pairs = []
-    for i, text in enumerate(texts):
-        w = words(text)
-        for gram in {tuple(w[k : k + n]) for k in range(len(w) - n + 1)}:
-            j = seen.setdefault(gram, i)
-            if groups[j] != groups[i]:
-                pairs.append((j, i))
-                break
-    return pairs
+def _shared_groups(concept: Concept) -> dict[str, str]:
+    """Group of every written example that `groups` or `pairs` names; what they connect is one group."""
+    owner: dict[str, str] = {}
 
+    def root(name: str) -> str:
+        while owner.setdefault(name, name) != name:
+            name = owner[name]
+        return name
 
-def words(text: str) -> list[str]:
-    """Case-folded words, apostrophes kept inside."""
-    return re.findall(r"[^\W_]+(?:['’][^\W_]+)*", text.casefold())
-
-
-def _problems(concept: Concept) -> list[str]:
-    if concept.kind == "behaviour":
-        return [
-            "kind: behaviour needs the model's own responses with an outcome label each, which audits do not take yet; "
-            "use kind: text, and read its verdict as 'responds to text about it'"
-        ]
-    lists = {"positives": concept.positives, "hard_negatives": concept.hard_negatives, "negatives": concept.negatives}
-    if concept.topic is not None:
-        both = [key for key, items in lists.items() if items]
-        return [f"topic and {', '.join(both)} exclude each other; keep one"] if both else []
-    problems = []
-    owners: dict[str, list[str]] = defaultdict(list)
-    for key, items in lists.items():
-        for i, item in enumerate(items):
-            where = f"{key}[{i}]"
-            if not item.text.strip():
-                problems.append(f"{where} is empty; write a text or remove it")
-            if len(item.text) > MAX_CHARACTERS:
-                problems.append(
-                    f"{where} has {len(item.text)} characters; at most {MAX_CHARACTERS} are pooled into one score, "
-                    "so split it"
-                )
-            if re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]", item.text):
-                problems.append(f"{where} holds control characters; remove them")
-            owners[" ".join(words(item.text)) or item.text.strip()].append(where)
-    for where_all in owners.values():
-        if len(where_all) > 1 and len({w.startswith("positives") for w in where_all}) > 1:
-            problems.append(f"{', '.join(where_all)} are one text with contradictory labels; keep one")
-        elif len(where_all) > 1:
-            problems.append(f"{', '.join(where_all)} are the same text; keep one")
-    problems += _too_few("positives", concept.positives)
-    problems += _too_few("hard_negatives and negatives", (*concept.hard_negatives, *concept.negatives))
-    return problems
-
-
-def _too_few(key: str, items: Iterable[Item]) -> list[str]:
-    items = list(items)
-    count = len({item.group for item in items if item.group}) + sum(item.group is None for item in items)
-    if not items:
-        return [
-            f"{key}: a concept needs both classes, and this one is empty; write {MIN_GROUPS} independent texts or more"
-        ]
-    if count < MIN_GROUPS:
-        return [
-            f"{key}: {len(items)} texts in {count} groups are too few to detect anything; at least {MIN_GROUPS} groups "
-            f"are needed, {MIN_GROUPS - count} more"
-        ]
-    return []
+    lists = concept.lists()
+    named = [(f"group {name}", members) for name, members in concept.groups.items()]
+    named += [(f"pair {number}", members) for number, members in enumerate(concept.pairs)]
+    for name, members in named:
+        for member in members:
+            key, _, index = member.removesuffix("]").partition("[")
+            own = lists[key][int(index)].group
+            for other in (member, *(() if own is None else (f"named {own}",))):
+                low, high = sorted((root(name), root(other)))
+                owner[high] = low
+    return {
+        f"{key}[{i}]": root(f"{key}[{i}]" if item.group is None else f"named {item.group}")
+        for key, items in lists.items()
+        for i, item in enumerate(items)
+        if (f"{key}[{i}]" if item.group is None else f"named {item.group}") in owner
+    }

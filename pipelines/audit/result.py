@@ -5,6 +5,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from pipelines.audit.examples import Role
+from pipelines.audit.ledger import Opening
+from pipelines.audit.preflight import Preflight
+from pipelines.audit.splits import Part
+
 Claim = Literal["not_confirmed", "associated", "detects"]
 Level = Literal["nothing_found", "associated", "detects"]
 
@@ -90,7 +95,7 @@ class Candidate(_Record):
     p: float
     p_holm: float
     threshold: float
-    """Frozen on the discover half; the latent detects where its score exceeds it."""
+    """Frozen on the tune part; the latent detects where its score exceeds it."""
     true_positive_rate: float
     false_positive_rate: float
     corpus_rate: float | None
@@ -128,23 +133,26 @@ class ExampleRecord(_Record):
     """One text; `text` is null when the concept is redacted."""
 
     digest: str
-    role: Literal["positive", "hard_negative", "negative"]
+    role: Role
     group: str
-    part: Literal["discover", "confirm"]
+    part: Part
     n_characters: int
     text: str | None
 
 
 class AuditResult(_Record):
-    """audit.json, schema version 1."""
+    """audit.json, schema version 2."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     created: str
     concept: ConceptRecord
     dictionary: dict[str, Any]
     settings: dict[str, Any]
     manifest_sha256: str
-    counts: dict[Literal["discover", "confirm"], Counts]
+    preflight: Preflight
+    opening: Opening
+    """The ledger's record of this opening of the confirm part, and of earlier ones."""
+    counts: dict[Part, Counts]
     verdict: Verdict
     discover: Discover
     candidates: list[Candidate]
@@ -173,5 +181,5 @@ def load_result(path: str | Path) -> AuditResult:
     except ValidationError as error:
         keys = ", ".join(".".join(str(part) for part in e["loc"]) or "the whole file" for e in error.errors()[:5])
         raise ValueError(
-            f"{path} is not an audit of schema version 1; wrong or missing: {keys}. Run the audit again."
+            f"{path} is not an audit of schema version 2; wrong or missing: {keys}. Run the audit again."
         ) from None

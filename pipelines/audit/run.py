@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from pipelines.audit.concepts import Concept, ConceptError, Example, examples_of, load_concept, topic_examples
+from pipelines.audit.concepts import Concept, ConceptError, examples_of, load_concept, topic_examples
+from pipelines.audit.examples import Example
 from pipelines.audit.result import AuditResult
 from pipelines.audit.stage import AuditSettings, audit_concept
 from pipelines.check import warn_of_misfit
@@ -46,7 +47,7 @@ def audit(config: RunConfig, run: RunDir, ui: Reporter) -> dict[str, dict[str, A
     for name in config.saes:
         dictionary = load_trained(run, name)
         warn_of_misfit(config, run, name, dictionary, lm, ui)
-        auditor = _Auditor(config, run, name, dictionary, store, lm, documents)
+        auditor = _Auditor(config, run, name, dictionary, store, lm, documents, ui)
         with ui.stage("audit", total=len(concepts), unit="concepts") as bar:
             for path, concept in concepts:
                 bar.note(concept.display)
@@ -90,9 +91,10 @@ class _Auditor:
         store: ActivationStore,
         lm: LanguageModel,
         documents: Documents,
+        ui: Reporter,
     ) -> None:
         self._config, self._run, self._name, self._dictionary = config, run, name, dictionary
-        self._store, self._lm, self._documents = store, lm, documents
+        self._store, self._lm, self._documents, self._ui = store, lm, documents, ui
         self._digest = dictionary_digest(run.trained(name))
         self._labels: Mapping[int, str] = read_labels(run.labels(name))
         self._corpus: tuple[list[int], Pooled] | None = None
@@ -139,6 +141,7 @@ class _Auditor:
                 labels=self._labels,
                 settings=settings,
                 command=f"sae audit {self._run.path}",
+                say=self._ui.say,
             )
         except ValueError as error:
             raise UsageError(f"concept {concept.name}: {error}") from error

@@ -1,17 +1,18 @@
 """Audit one concept: manifest, discover, confirm, baselines, verdict; writes audit.json and report.html.
 
-1. Split the examples by group and write manifest.json, before any statistic is computed.
-2. Discover: AUROC of every latent on one half; the `max_candidates` with the largest z go on.
-3. Confirm them on the other half, which had no say so far: Holm, intervals, and the whole search repeated on
-   shuffled labels.
+1. Judge the design, split the examples by group and write manifest.json, before any statistic is computed.
+2. Discover: AUROC of every latent on one part; the `max_candidates` with the largest z go on. Tune: their thresholds.
+3. Open the confirm part, which the ledger records, and confirm them there: Holm, intervals, and the whole search
+   repeated on shuffled labels.
 4. Baselines on the same texts: words alone, length, dense probes.
 5. The verdict, in one sentence, with what this design could not have seen.
 """
 
 import dataclasses
 import datetime
+import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,12 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from pipelines.audit import baselines
-from pipelines.audit.concepts import Concept, Example
+from pipelines.audit.concepts import Concept
+from pipelines.audit.examples import Example
 from pipelines.audit.intervals import auroc_interval, minimum_detectable_auroc
+from pipelines.audit.ledger import Ledger
+from pipelines.audit.manifest import plan_audit
+from pipelines.audit.preflight import prepare, require_possible
 from pipelines.audit.report import render_report
 from pipelines.audit.result import (
     AuditResult,
@@ -33,7 +38,7 @@ from pipelines.audit.result import (
     ExampleRecord,
     Null,
 )
-from pipelines.audit.splits import Split, manifest, split_by_group
+from pipelines.audit.splits import PARTS, Split
 from pipelines.audit.statistics import (
     Association,
     associate,
@@ -44,7 +49,7 @@ from pipelines.audit.statistics import (
     searched_null,
 )
 from pipelines.audit.verdict import claim_of, limits_of, verdict_on, words_explain
-from pipelines.rundir import write_json, write_text
+from pipelines.rundir import write_text
 
 BASE_RATES = (1e-2, 1e-3, 1e-4)
 
@@ -56,7 +61,9 @@ class AuditSettings:
     seed: int = 0
     """Of the split and of every shuffle."""
     discover_fraction: float = 0.5
-    """Share of each kind of group that goes to the discover half."""
+    """Share of each kind of group that goes to the discover part."""
+    tune_fraction: float = 0.2
+    """Share that goes to the tune part, where thresholds are chosen; the rest is the confirm part."""
     n_permutations: int = 1000
     """Shuffled labellings of the search."""
     n_confirm_permutations: int = 9999
@@ -76,7 +83,7 @@ class AuditSettings:
         for name, low in at_least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"audit setting {name} must be at least {low}; got {getattr(self, name)}.")
-        for name in ("discover_fraction", "alpha", "detects_above"):
+        for name in ("discover_fraction", "tune_fraction", "alpha", "detects_above"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"audit setting {name} must lie between 0 and 1; got {getattr(self, name)}.")
 
@@ -93,6 +100,8 @@ def audit_concept(
     labels: Mapping[int, str] | None = None,
     settings: AuditSettings | None = None,
     command: str = "",
+    ledger: Ledger | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> AuditResult:
     """Audit one concept and write manifest.json, audit.json and report.html into `out_dir`, each atomically.
 
@@ -103,21 +112,48 @@ def audit_concept(
         corpus: `scores` of ordinary documents, for the firing rate outside these examples.
         labels: label of a latent, where there is one.
         command: how to reproduce the audit; printed in the report.
+        ledger: where the opening of the confirm part is recorded; the user's own by default.
+        say: told the manifest's hash before the confirm part is opened, and whether it was opened before.
     Raises:
-        ValueError: arrays that do not fit the examples, or examples that cannot be split.
+        ValueError: arrays that do not fit the examples.
+        UsageError: a design that can detect nothing.
+        LedgerError: the ledger was edited or cannot be written.
     """
     started = time.perf_counter()
     settings = settings or AuditSettings()
+    ledger = ledger or Ledger.default()
     _check_rows(examples, scores, dense, corpus)
-    split = split_by_group(examples, seed=settings.seed, discover_fraction=settings.discover_fraction)
+    kept, examples, split, preflight = prepare(
+        examples,
+        seed=settings.seed,
+        discover_fraction=settings.discover_fraction,
+        tune_fraction=settings.tune_fraction,
+        n_latents=scores.shape[1],
+        n_candidates=settings.max_candidates,
+        alpha=settings.alpha,
+        by_vocabulary=concept.topic is not None,
+    )
+    require_possible(preflight)
+    scores, dense = scores[kept], None if dense is None else dense[kept]
     chosen_settings = dataclasses.asdict(settings)
-    plan = manifest(examples, split, concept=concept.name, dictionary=dict(dictionary), settings=chosen_settings)
+    manifest = plan_audit(
+        examples,
+        split,
+        concept={"name": concept.name, "kind": concept.kind},
+        dictionaries=[dict(dictionary)],
+        settings=chosen_settings,
+        planned_tests=[
+            "discover: AUROC of every latent that fires on enough texts, one-sided, max-T over shuffled labels",
+            "tune: one threshold for each candidate, largest TPR - FPR",
+            f"confirm: the {settings.max_candidates} latents with the largest z, one-sided permutation p, Holm",
+        ],
+    )
     out = Path(out_dir)
-    write_json(out / "manifest.json", plan)
+    manifest.write(out / "manifest.json")
 
     positive = np.array([e.positive for e in examples])
     _, groups = np.unique([e.group for e in examples], return_inverse=True)
-    d, c = split
+    d, c = split.discover, split.confirm
     found = associate(
         scores[d],
         positive[d],
@@ -126,6 +162,10 @@ def audit_concept(
         min_texts=settings.min_texts,
         seed=settings.seed + 1,
     )
+    say(f"{concept.name}: manifest {manifest.sha256} is written; deposit it elsewhere for proof of what was planned")
+    opening = ledger.open_confirm(manifest, name=out.name)
+    if opening.stamp:
+        say(f"{concept.name}: {opening.stamp}: these confirm texts were opened before with this dictionary")
     shuffled = searched_null(scores[c], positive[c], groups[c], found.null_best, seed=settings.seed + 2)
     upper = float(np.quantile(shuffled, 1 - settings.alpha))
     beside = _baselines(examples, positive, groups, split, dense)
@@ -138,6 +178,7 @@ def audit_concept(
                     candidate,
                     null_upper=upper,
                     confounded=confounded,
+                    reused=opening.reused,
                     alpha=settings.alpha,
                     detects_above=settings.detects_above,
                 )
@@ -153,8 +194,7 @@ def audit_concept(
         alpha=settings.alpha,
     )
     unseen = _unseen_share(candidates, positive, c)
-    part_of = np.full(len(examples), "discover", dtype=object)
-    part_of[c] = "confirm"
+    part_of = split.part_of()
 
     result = AuditResult(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -167,9 +207,11 @@ def audit_concept(
         ),
         dictionary=dict(dictionary),
         settings=chosen_settings,
-        manifest_sha256=plan["sha256"],
-        counts={"discover": _counts(examples, d), "confirm": _counts(examples, c)},
-        verdict=verdict_on(concept, candidates, confounded=confounded, smallest=smallest),
+        manifest_sha256=manifest.sha256,
+        preflight=preflight,
+        opening=opening,
+        counts={name: _counts(examples, rows) for name, rows in zip(PARTS, split, strict=True)},
+        verdict=verdict_on(concept, candidates, confounded=confounded, reused=opening.reused, smallest=smallest),
         discover=_discover(found, settings.alpha),
         candidates=candidates,
         shuffled_null=Null(
@@ -193,10 +235,10 @@ def audit_concept(
         ],
         limits=limits_of(
             concept,
-            examples,
             candidates,
             beside,
             confounded=confounded,
+            reused=opening.reused,
             unseen=unseen,
             has_corpus=corpus is not None,
         ),
@@ -204,7 +246,9 @@ def audit_concept(
         seconds=round(time.perf_counter() - started, 3),
     )
     write_text(out / "report.html", render_report(result))
-    write_text(out / "audit.json", result.model_dump_json(indent=1) + "\n")  # last: its presence means a whole audit
+    written = result.model_dump_json(indent=1) + "\n"
+    write_text(out / "audit.json", written)  # after the report: its presence means a whole audit
+    ledger.finish(opening, level=result.verdict.level, result_sha256=hashlib.sha256(written.encode()).hexdigest())
     return result
 
 
@@ -243,8 +287,8 @@ def _confirm(
     corpus: Float[np.ndarray, "n_documents d_sae"] | None,
     labels: Mapping[int, str],
 ) -> list[Candidate]:
-    """Take the best tested latents of the discover half to the confirm half; their claims are decided later."""
-    d, c = split
+    """Take the best tested latents of discover to confirm; their claims are decided later."""
+    c, tune = split.confirm, split.tune
     ranked = np.argsort(-np.where(found.tested, found.z, -np.inf), kind="stable")[: settings.max_candidates]
     chosen = ranked[found.tested[ranked] & (found.z[ranked] > 0)]
     if not chosen.size:
@@ -264,7 +308,7 @@ def _confirm(
     hard_area = auroc(held_out[against_hard], positive[c][against_hard]) if hard.any() else None
     out = []
     for k, latent in enumerate(chosen.tolist()):
-        threshold = youden_threshold(scores[d, latent], positive[d])
+        threshold = youden_threshold(scores[tune, latent], positive[tune])
         above = held_out[:, k] > threshold
         tpr = float(above[positive[c]].mean())
         rate = None if corpus is None else float((corpus[:, latent] > threshold).mean())
@@ -303,7 +347,7 @@ def _baselines(
     dense: Float[np.ndarray, "n_texts d_in"] | None,
 ) -> list[Baseline]:
     """Fit each baseline on the discover texts and score the confirm texts."""
-    d, c = split
+    d, c = split.discover, split.confirm
     fit_texts, texts = [examples[i].text for i in d], [examples[i].text for i in c]
     longer = auroc(baselines.text_length(fit_texts)[:, None], positive[d])[0] >= 0.5
     columns: list[tuple[str, str, Float[np.ndarray, " n_confirm"]]] = []

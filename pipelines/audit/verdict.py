@@ -14,18 +14,20 @@ about alpha (Holm for the first, Bonferroni for the second).
 
 from collections.abc import Sequence
 
-from pipelines.audit.concepts import Concept, Example, shared_ngrams
+from pipelines.audit.concepts import Concept
 from pipelines.audit.result import Baseline, Candidate, Claim, Level, Verdict
 
 RANK: dict[Claim, int] = {"not_confirmed": 0, "associated": 1, "detects": 2}
 
 
-def claim_of(candidate: Candidate, *, null_upper: float, confounded: bool, alpha: float, detects_above: float) -> Claim:
-    """The highest rung that a candidate reaches."""
+def claim_of(
+    candidate: Candidate, *, null_upper: float, confounded: bool, reused: int, alpha: float, detects_above: float
+) -> Claim:
+    """The highest rung that a candidate reaches; on confirm texts that were opened before, not above 'associated'."""
     if candidate.p_holm > alpha:
         return "not_confirmed"
     strong = candidate.low_familywise > detects_above and candidate.auroc > null_upper
-    return "detects" if strong and not confounded else "associated"
+    return "detects" if strong and not confounded and not reused else "associated"
 
 
 def headline(candidates: Sequence[Candidate]) -> Candidate | None:
@@ -52,7 +54,9 @@ def words_explain(
     return concept.topic is None and words.low > 0.5 and words.auroc >= max(offered, default=0.0) - 0.02
 
 
-def verdict_on(concept: Concept, candidates: Sequence[Candidate], *, confounded: bool, smallest: float) -> Verdict:
+def verdict_on(
+    concept: Concept, candidates: Sequence[Candidate], *, confounded: bool, reused: int, smallest: float
+) -> Verdict:
     """The answer for one concept: the latent that `headline` names, or the effect that would have been seen."""
     about = concept.display.lower() if concept.topic is None else concept.display
     best = headline(candidates)
@@ -76,6 +80,8 @@ def verdict_on(concept: Concept, candidates: Sequence[Candidate], *, confounded:
         )
         if confounded:
             sentence += " Words alone separate these texts as well as the model does, so no stronger claim is possible."
+        if reused:
+            sentence += f" The confirm texts had been opened {reused} time(s) before, so no stronger claim is possible."
     return Verdict(
         level=level,
         confounded=confounded,
@@ -90,11 +96,11 @@ def verdict_on(concept: Concept, candidates: Sequence[Candidate], *, confounded:
 
 def limits_of(
     concept: Concept,
-    examples: Sequence[Example],
     candidates: Sequence[Candidate],
     baselines: Sequence[Baseline],
     *,
     confounded: bool,
+    reused: int,
     unseen: float | None,
     has_corpus: bool,
 ) -> list[str]:
@@ -104,6 +110,11 @@ def limits_of(
         out.append(
             "CONFOUNDED: a bag of words separates the confirm texts as well as the model does. No latent can be "
             "credited with more than association; harder negatives are needed."
+        )
+    if reused:
+        out.append(
+            f"REUSED({reused}): these confirm texts had been opened with this dictionary before. What was seen then "
+            "may have shaped this audit, so its error rates do not hold; more than association needs fresh texts."
         )
     if concept.topic is not None:
         out.append(
@@ -150,12 +161,6 @@ def limits_of(
     ]
     if not has_corpus:
         out.append("No corpus documents were given, so the precision where the concept is rare is unknown.")
-    repeated = len(shared_ngrams([e.text for e in examples], [e.group for e in examples]))
-    if repeated:
-        out.append(
-            f"{repeated} text(s) share eight consecutive words with a text of another group: near duplicates may sit "
-            "on both halves and flatter every figure."
-        )
     return out
 
 

@@ -13,10 +13,9 @@ from pipelines.audit.concepts import (
     concept_from_dict,
     examples_of,
     load_concept,
-    shared_ngrams,
     topic_examples,
-    words,
 )
+from pipelines.audit.examples import shared_ngrams, words
 from pipelines.audit.statistics import auroc
 
 SHIPPED = sorted((Path(__file__).parents[3] / "configs" / "concepts").glob("*.yaml"))

@@ -14,6 +14,13 @@ from pipelines.audit.stage import AuditSettings, audit_concept
 from pipelines.audit.statistics import auroc
 
 HOSTILE = "</script><script>alert('x')</script><img src=x onerror=alert(1)>"
+
+
+def hostile(i: int) -> str:
+    """As `HOSTILE`, but no eight words of two texts are the same."""
+    return HOSTILE.replace("x", str(i))
+
+
 SETTINGS = AuditSettings(n_permutations=100, n_confirm_permutations=999)
 
 
@@ -24,8 +31,8 @@ def hostile_result(tmp_path_factory):
             "name": "hostile",
             "title": f"Title {HOSTILE}",
             "description": HOSTILE,
-            "positives": [f"{HOSTILE} {i} yes" for i in range(40)],
-            "hard_negatives": [f"{{{{ 7 * 7 }}}} \u202e {HOSTILE} {i} no" for i in range(40)],
+            "positives": [f"{hostile(i)} {i} yes" for i in range(40)],
+            "hard_negatives": [f"{{{{ 7 * 7 }}}} \u202e {hostile(-i)} {i} no" for i in range(40, 80)],
         }
     )
     scores = np.random.default_rng(0).random((80, 12)).astype(np.float32)

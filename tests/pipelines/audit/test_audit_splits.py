@@ -1,9 +1,11 @@
-"""Splits keep groups whole and classes in both halves; manifests show every change."""
+"""Splits keep groups whole and classes in every part, and depend on seed and names alone."""
+
+from dataclasses import replace
 
 import pytest
 
-from pipelines.audit.concepts import Example
-from pipelines.audit.splits import digest, manifest, split_by_group
+from pipelines.audit.examples import Example
+from pipelines.audit.splits import split_by_group
 
 
 def some(n=60, per_group=1):
@@ -16,39 +18,50 @@ def some(n=60, per_group=1):
 @pytest.mark.parametrize("per_group", [1, 3])
 def test_split_keeps_groups_whole_covers_all_and_balances_classes(per_group):
     examples = some(per_group=per_group)
-    discover, confirm = split_by_group(examples, seed=0)
-    assert sorted([*discover, *confirm]) == list(range(60))
-    assert not {examples[i].group for i in discover} & {examples[i].group for i in confirm}
-    assert sum(examples[i].positive for i in discover) == 15
-    assert discover.size == 30
-
-
-def test_split_depends_on_the_seed_alone():
-    one, same, other = (split_by_group(some(), seed=seed).discover.tolist() for seed in (1, 1, 2))
-    assert one == same != other
-
-
-def test_split_refuses_a_half_without_both_classes():
-    examples = [Example(text="p", role="positive", group="only"), *some()[30:]]
-    with pytest.raises(ValueError, match=r"each part needs both classes.*Add independent groups"):
-        split_by_group(examples, seed=0)
-    with pytest.raises(ValueError, match=r"discover_fraction must lie between 0 and 1; got 1.5"):
-        split_by_group(some(), seed=0, discover_fraction=1.5)
-
-
-def test_manifest_digest_shows_a_changed_text_label_split_or_setting():
-    examples, settings = some(), {"max_candidates": 20}
     split = split_by_group(examples, seed=0)
-    plan = manifest(examples, split, concept="c", dictionary={"name": "main"}, settings=settings)
-    assert plan["sha256"] == digest(plan)
-    changed = [
-        manifest([Example(text="new", role="positive", group="g0"), *examples[1:]], split, concept="c",
-                 dictionary={"name": "main"}, settings=settings),
-        manifest([Example(text="text 0", role="negative", group="g0"), *examples[1:]], split, concept="c",
-                 dictionary={"name": "main"}, settings=settings),
-        manifest(examples, split_by_group(examples, seed=3), concept="c",
-                 dictionary={"name": "main"}, settings=settings),
-        manifest(examples, split, concept="c", dictionary={"name": "other"}, settings=settings),
-        manifest(examples, split, concept="c", dictionary={"name": "main"}, settings={"max_candidates": 21}),
-    ]  # fmt: skip
-    assert len({plan["sha256"], *(p["sha256"] for p in changed)}) == 6
+    assert sorted(row for rows in split for row in rows) == list(range(60))
+    groups = [{examples[i].group for i in rows} for rows in split[:3]]
+    assert not groups[0] & groups[1]
+    assert not groups[0] & groups[2]
+    assert not groups[1] & groups[2]
+    assert abs(sum(examples[i].positive for i in split.discover) - 15) <= per_group - 1
+    assert split.ood.size == 0
+
+
+def test_shares_are_a_half_a_fifth_and_three_tenths_of_each_class():
+    examples = some(160)
+    split = split_by_group(examples, seed=0)
+    assert [sum(examples[i].positive for i in rows) for rows in split[:3]] == [40, 16, 24]
+    assert [rows.size for rows in split] == [80, 32, 48, 0]
+
+
+def test_split_depends_on_the_seed_and_not_on_the_order():
+    examples = some()
+
+    def confirm(some_examples, seed):
+        return {some_examples[i].group for i in split_by_group(some_examples, seed=seed).confirm}
+
+    assert confirm(examples, 1) == confirm(examples, 1) == confirm(examples[::-1], 1) != confirm(examples, 2)
+
+
+def test_a_new_text_moves_few_others():
+    before = split_by_group(some(), seed=0)
+    after = split_by_group([*some(), Example(text="new", role="positive", group="new")], seed=0)
+    assert len(set(before.confirm) & set(after.confirm)) >= len(before.confirm) - 1
+
+
+def test_out_of_distribution_examples_are_a_part_of_their_own():
+    examples = [*some(), replace(some()[0], text="far", group="g0", ood=True)]
+    split = split_by_group(examples, seed=0)
+    assert split.ood.tolist() == [60]
+    assert split.part_of()[60] == "ood"
+    assert [split.part_of()[i] for i in split.tune] == ["tune"] * split.tune.size
+
+
+def test_split_refuses_a_part_without_both_classes_and_shares_that_leave_none():
+    examples = [Example(text="p", role="positive", group="only"), *some()[30:]]
+    with pytest.raises(ValueError, match=r"each part needs both classes; discover has.*Add independent groups"):
+        split_by_group(examples, seed=0)
+    for discover, tune in ((1.5, 0.2), (0.5, 0.5), (0.5, 0.0)):
+        with pytest.raises(ValueError, match=rf"leave something to confirm; got {discover} and {tune}\. Use 0.5"):
+            split_by_group(some(), seed=0, discover_fraction=discover, tune_fraction=tune)

@@ -15,7 +15,7 @@ from pipelines.audit.stage import AuditSettings, _confirm, audit_concept
 from pipelines.audit.statistics import associate
 from pipelines.audit.verdict import claim_of
 
-N = 160  # texts: 40 positives and 40 negatives in each half
+N = 266  # texts: 40 positives and 40 negatives to confirm
 SETTINGS = AuditSettings(n_permutations=100, n_confirm_permutations=499, max_candidates=10)
 TEXTS = [f"text {i:03}" for i in range(N)]  # words and length tell nothing
 CONCEPT = concept_from_dict({"name": "demo", "positives": TEXTS[: N // 2], "hard_negatives": TEXTS[N // 2 :]})
@@ -50,6 +50,7 @@ def share_of_detects(bound: str, n_repeats: int) -> float:
                 candidate.model_copy(update={"low_familywise": getattr(candidate, bound)}),
                 null_upper=0.0,
                 confounded=False,
+                reused=0,
                 alpha=SETTINGS.alpha,
                 detects_above=SETTINGS.detects_above,
             )
