@@ -312,6 +312,27 @@ def dashboards(
     print(f"wrote {to}")
 
 
+@app.command()
+@told_plainly
+def pages(
+    path: Annotated[Path, typer.Argument(help="A dictionary folder with labels, or a run directory.")],
+    to: Annotated[Path | None, typer.Option(help="Folder for them; by default `pages` in the dictionary.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Whose tokenizer spells the contexts, if the dictionary does not say.")
+    ] = None,
+    sae: Annotated[str | None, typer.Option(help="Which SAE of a run; by default all.")] = None,
+) -> None:
+    """Write a dictionary's feature pages again: HTML that opens without a server."""
+    _quiet_libraries()
+    from rich.console import Console
+
+    from pipelines.pages.command import write_pages_of
+    from pipelines.progress import ConsoleReporter
+
+    for index in write_pages_of(path, ConsoleReporter(Console(stderr=True)), to=to, model=model, sae=sae):
+        print(f"wrote {index}")
+
+
 # -- looking -----------------------------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""export: the dictionary folder that users load and publish, with its feature table, contexts, metrics and card."""
+"""export: the dictionary folder that users load and publish: feature table, contexts, metrics, card, feature pages."""
 
 import shutil
 from pathlib import Path
@@ -10,8 +10,11 @@ from pipelines.card import model_card
 from pipelines.collect import open_store
 from pipelines.config import RunConfig
 from pipelines.dictionaries import load_trained
+from pipelines.pages import PAGES, write_pages
+from pipelines.pages.command import speller_or_none
 from pipelines.progress import Reporter
 from pipelines.rundir import RunDir, replacing_directory, write_text
+from sae import Dictionary
 from storage import LatentStore
 
 
@@ -20,12 +23,12 @@ def export(config: RunConfig, run: RunDir, ui: Reporter) -> dict[str, str]:
     folders = {}
     with ui.stage("export", total=len(config.saes), unit="dictionaries") as bar:
         for name in config.saes:
-            folders[name] = str(export_dictionary(config, run, name))
+            folders[name] = str(export_dictionary(config, run, name, ui))
             bar.advance(1)
     return folders
 
 
-def export_dictionary(config: RunConfig, run: RunDir, name: str) -> Path:
+def export_dictionary(config: RunConfig, run: RunDir, name: str, ui: Reporter) -> Path:
     """Write one dictionary folder; it replaces an older one whole."""
     dictionary = load_trained(run, name)
     prefix = f"{name}."
@@ -46,6 +49,10 @@ def export_dictionary(config: RunConfig, run: RunDir, name: str) -> Path:
         if examples.exists():
             shutil.copyfile(examples, partial / "examples.parquet")
         write_text(partial / "README.md", model_card(f"{config.name} / {name}", dictionary, metrics))
+        if features is not None:
+            shown = Dictionary.load(partial)
+            speller = speller_or_none(shown, ui, config.model) if examples.exists() else None
+            write_pages(shown, partial, partial / PAGES, title=f"{config.name} / {name}", speller=speller)
     return target
 
 

@@ -36,6 +36,7 @@ def test_run_leaves_every_artefact_of_a_run_directory(finished: FinishedRun):
         "checkpoints/main/metrics.jsonl",
         "latents/main/seal.json",
         *(f"dictionaries/main/{name}" for name in DICTIONARY_FILES),
+        "dictionaries/main/pages/index.html",
         *(
             f"audit/{name}/{file}"
             for name in ("birds", "rivers_written")

@@ -43,7 +43,7 @@ def complete(run, store):
 def test_export_writes_everything_a_user_needs(complete, store):
     folder = complete.dir.dictionary("main")
     assert export(complete.config, complete.dir, SilentReporter()) == {"main": str(folder)}
-    assert {path.name for path in folder.iterdir()} == DICTIONARY_FILES
+    assert {path.name for path in folder.iterdir()} == DICTIONARY_FILES | {"pages"}
     exported, trained = Dictionary.load(folder), load_trained(complete.dir, "main")
     x = store.activations("model.layers.1", 0, 4)
     torch.testing.assert_close(exported.encode(x), trained.encode(x), rtol=0, atol=0)
