@@ -40,7 +40,7 @@ class Vocabulary:
 
 def _stems():
     """Distinct pronounceable stems in a scattered order; none has an affix that is a rule's."""
-    onsets, vowels, codas = "b d f g h j k m n p s t v z".split(), "aeiou", "n r s k p t".split()
+    onsets, vowels, codas = "bdfghjkmnpstvz", "aeiou", "nrskpt"
     every = ["".join(parts) for parts in product(onsets, vowels, codas, vowels, codas)]
     for i in np.random.default_rng(11).permutation(len(every)):
         yield every[i]

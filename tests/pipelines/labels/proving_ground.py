@@ -57,7 +57,7 @@ class Size:
 
 
 FULL = Size(EXPRESSIBLE + OUTSIDE, 400_000, 128, 3, 4000)
-SMALL = Size(tuple(rule for rule in EXPRESSIBLE + OUTSIDE if rule.name in QUICK), 60_000, 32, 1, 400, 256)
+SMALL = Size(tuple(rule for rule in EXPRESSIBLE + OUTSIDE if rule.name in QUICK), 60_000, 32, 1, 200, 256)
 N_FILLERS = 12
 """Planted features without a rule, drawn by chance, that bring the mean number of features of a token to k."""
 
