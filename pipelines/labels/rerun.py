@@ -1,11 +1,10 @@
-"""The language model and the SAE again, on token sequences that are not in the store."""
+"""The language model and the SAE again, on texts that are not in the store."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float32
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -13,8 +12,17 @@ from pipelines.labels.families import TokenTable
 from pipelines.models import LanguageModel
 from sae import Dictionary
 
-Sequence_ = NDArray[np.integer[Any]]
+Text = NDArray[np.integer[Any]]
 """Token ids of one text, from its start."""
+
+
+@runtime_checkable
+class Activations(Protocol):
+    """Where a latent fires on any text."""
+
+    def last(self, texts: Sequence[Text], latents: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Activation of `latents[i]` at the last token of `texts[i]`."""
+        ...
 
 
 class Rerun:
@@ -30,13 +38,13 @@ class Rerun:
         self._lm, self._dictionary = lm, dictionary.to(lm.device)
         self._max_norm, self._batch_tokens = max_norm, batch_tokens
 
-    def last(self, sequences: Sequence[Sequence_], latents: NDArray[np.int64]) -> Float32[np.ndarray, " n"]:
-        """Activation of `latents[i]` at the last token of `sequences[i]`.
+    def last(self, texts: Sequence[Text], latents: NDArray[np.int64]) -> NDArray[np.float32]:
+        """See `Activations`.
 
-        Sequences of like length share a forward pass. They are padded on the right, where a causal model does not look.
+        Texts of like length share a forward pass. They are padded on the right, where a causal model does not look.
         """
-        result = np.zeros(len(sequences), np.float32)
-        length = np.array([len(sequence) for sequence in sequences], np.int64)
+        result = np.zeros(len(texts), np.float32)
+        length = np.array([len(text) for text in texts], np.int64)
         order = np.argsort(length, kind="stable")
         start = 0
         while start < len(order):
@@ -44,17 +52,17 @@ class Rerun:
             while stop < len(order) and (stop + 1 - start) * length[order[stop]] <= self._batch_tokens:
                 stop += 1
             batch = order[start:stop]
-            result[batch] = self._batch([sequences[i] for i in batch], length[batch], latents[batch])
+            result[batch] = self._batch([texts[i] for i in batch], length[batch], latents[batch])
             start = stop
         return result
 
     @torch.inference_mode()
     def _batch(
-        self, sequences: Sequence[Sequence_], length: NDArray[np.int64], latents: NDArray[np.int64]
+        self, texts: Sequence[Text], length: NDArray[np.int64], latents: NDArray[np.int64]
     ) -> NDArray[np.float32]:
-        tokens = np.zeros((len(sequences), int(length.max())), np.int64)
-        for row, sequence in zip(tokens, sequences, strict=True):
-            row[: len(sequence)] = sequence
+        tokens = np.zeros((len(texts), int(length.max())), np.int64)
+        for row, text in zip(tokens, texts, strict=True):
+            row[: len(text)] = text
         ids = torch.from_numpy(tokens).to(self._lm.device)
         position = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         hooks = self._dictionary.input_hooks
