@@ -3,30 +3,16 @@
 The defaults below are the ones that a run gets; the resolved copy is saved as `config.yaml` in the run directory.
 """
 
-import re
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from pipelines.labels.in_model_settings import EditsConfig, OutputTestConfig
+from pipelines.section import Section
 from pipelines.selection import Selection, selection_of
 
 DOCUMENT_COLUMNS = frozenset({"id", "source", "title", "topic", "split", "n_tokens", "text"})
 """Columns that documents.parquet always has."""
-
-
-class Section(BaseModel):
-    """Base of every section: frozen, and an unknown key is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _whole_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """YAML 1.1 reads 1e6 (no dot) as text; pydantic takes such text for a float, and here for an int."""
-        annotation = cls.model_fields[info.field_name or ""].annotation
-        if isinstance(value, str) and annotation in (int, int | None) and re.fullmatch(r"\d+e\d+", value):
-            return float(value)
-        return value
 
 
 class ModelConfig(Section):
@@ -368,6 +354,10 @@ class LabelConfig(Section):
     """A label counts when its held-out balanced accuracy has a 95 % lower bound above this; 0.5 is chance."""
     select: SelectConfig | None = None
     """Rules are fitted to and tested on these tokens only."""
+    edits: EditsConfig = EditsConfig()
+    """Contexts are edited and run again; off by default."""
+    output_test: OutputTestConfig = OutputTestConfig()
+    """Latents are amplified, and their promised tokens have to rise; off by default."""
 
 
 class AuditConfig(Section):

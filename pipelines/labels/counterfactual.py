@@ -19,7 +19,6 @@ halving from the far end, not token by token.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +26,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipelines.labels.families import TokenTable
+from pipelines.labels.in_model_settings import EditsConfig
 from pipelines.labels.rerun import Activations, Text, piece_up_to
 from pipelines.labels.scores import clustered_rate
 from pipelines.labels.swaps import Corpus, Holds, Swaps
@@ -54,32 +54,6 @@ COLUMNS = pa.schema(
         ("edit_swaps", pa.list_(pa.field("element", pa.string()))),  # some of the swaps: token, its stand-in, a' / a
     ]
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class CounterfactualSettings:
-    """Settings of the counterfactual edits."""
-
-    n_latents: int = 0
-    """Latents to test; 0 turns the test off. With the defaults one costs about 4,000 tokens of forward passes."""
-    n_documents: int = 12
-    """Held-out documents of each, with one firing each."""
-    max_context: int = 64
-    """Tokens before a firing that are run again."""
-    kept: float = 0.5
-    """Share of the activation with which a latent counts as on."""
-
-    def __post_init__(self) -> None:
-        least = {"n_latents": 0, "n_documents": 2, "max_context": 1}
-        wrong = [
-            f"{name} must be at least {low}, got {getattr(self, name)}"
-            for name, low in least.items()
-            if getattr(self, name) < low
-        ]
-        if not 0 < self.kept <= 1:
-            wrong.append(f"kept must lie in (0, 1], got {self.kept}")
-        if wrong:
-            raise ValueError("Not valid settings of the counterfactual edits: " + "; ".join(wrong) + ".")
 
 
 class Firing(NamedTuple):
@@ -118,7 +92,7 @@ def run_edits(
     corpus: Corpus,
     rerun: Activations,
     holds: Holds,
-    settings: CounterfactualSettings,
+    settings: EditsConfig,
     *,
     seed: int,
 ) -> dict[int, "EditScores"]:

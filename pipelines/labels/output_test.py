@@ -18,7 +18,6 @@ before the hook run once (`pipelines.prefix`).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,32 +54,6 @@ COLUMNS = pa.schema(
         ("output_passes", pa.bool_()),  # Benjamini-Hochberg at 5 % over the tested latents
     ]
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class OutputTestSettings:
-    """Settings of the output test."""
-
-    n_latents: int = 0
-    """Latents to test; 0 turns the test off."""
-    n_controls: int = 100
-    """Latents that each tested one is compared with."""
-    n_promised: int = 10
-    """Tokens that a decoder row is held to promise."""
-    n_texts: int = 8
-    """Held-out texts in which latents are amplified."""
-    n_tokens: int = 32
-    """Tokens of each of them."""
-
-    def __post_init__(self) -> None:
-        least = {"n_latents": 0, "n_controls": 1, "n_promised": 1, "n_texts": 2, "n_tokens": 2}
-        wrong = [
-            f"{name} must be at least {low}, got {getattr(self, name)}"
-            for name, low in least.items()
-            if getattr(self, name) < low
-        ]
-        if wrong:
-            raise ValueError("Not valid settings of the output test: " + "; ".join(wrong) + ".")
 
 
 class OutputScores(NamedTuple):

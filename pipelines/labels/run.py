@@ -9,8 +9,9 @@ from pipelines.collect import open_store
 from pipelines.config import RunConfig
 from pipelines.dictionaries import load_trained
 from pipelines.errors import RunError
+from pipelines.labels.in_model import InModel
 from pipelines.labels.settings import LabelSettings
-from pipelines.labels.stage import label_dictionary
+from pipelines.labels.stage import label_dictionary, read_token_table
 from pipelines.latents import compute_latents, dictionary_digest
 from pipelines.models import LanguageModel, resolve_model
 from pipelines.progress import Reporter
@@ -60,6 +61,25 @@ def label(config: RunConfig, run: RunDir, ui: Reporter) -> dict[str, dict[str, A
             )
         except ValueError as error:
             raise RunError(f"labelling {name}: {error}") from error
-        figures[name] = {f"label_{key}": value for key, value in asdict(summary).items()}
+        found = asdict(summary)
+        if config.label.edits.n_latents or (config.label.output_test.n_latents and unembedding is not None):
+            hook, multiple = dictionary.required_hook_name, config.sinks.multiple
+            in_model = InModel(
+                lm,
+                dictionary,
+                read_token_table(store, hook, multiple, selection=config.selection("label")),
+                latents,
+                run.labels(name),
+                max_norm=multiple * store.statistics(hook).median_norm,
+                seed=config.seed,
+            )
+            try:
+                if config.label.edits.n_latents:
+                    found |= in_model.edits(config.label.edits, ui)
+                if config.label.output_test.n_latents and unembedding is not None:
+                    found |= in_model.output_test(config.label.output_test, ui)
+            except ValueError as error:
+                raise RunError(f"testing labels of {name} in the model: {error}") from error
+        figures[name] = {f"label_{key}": value for key, value in found.items()}
         run.update_metrics(name, figures[name])
     return figures

@@ -6,7 +6,8 @@ import torch
 from label_corpus import zipf_table
 from rerun_model import random_dictionary, tiny_lm
 
-from pipelines.labels.counterfactual import CounterfactualSettings, choose_firings, run_edits, shortened
+from pipelines.labels.counterfactual import choose_firings, run_edits, shortened
+from pipelines.labels.in_model_settings import EditsConfig
 from pipelines.labels.on_texts import LabelsOnTexts
 from pipelines.labels.rerun import Rerun, heldout_texts, piece_up_to
 from pipelines.labels.swaps import Corpus
@@ -67,7 +68,7 @@ def rows_of(labels):
 @pytest.fixture(scope="module")
 def scores(corpus):
     firings = [firing for latent in range(len(RULES)) for firing in firings_of(corpus, latent)]
-    settings = CounterfactualSettings(max_context=32)
+    settings = EditsConfig(max_context=32)
     return run_edits(firings, corpus, Fires(RULES), LabelsOnTexts(rows_of(LABELS), STRINGS), settings, seed=0)
 
 
@@ -114,14 +115,14 @@ def test_swaps_are_shown_with_what_became_of_the_activation(scores):
 
 
 def test_scores_do_not_depend_on_which_latents_are_tested_together(scores, corpus):
-    settings, holds = CounterfactualSettings(max_context=32), LabelsOnTexts(rows_of(LABELS), STRINGS)
+    settings, holds = EditsConfig(max_context=32), LabelsOnTexts(rows_of(LABELS), STRINGS)
     alone = run_edits(firings_of(corpus, 2), corpus, Fires(RULES), holds, settings, seed=0)
     assert alone[2].row() == scores[2].row()
 
 
 def test_an_unlabelled_latent_has_no_swaps_but_a_context(corpus):
     rows = {0: {"labelled": False, "rule_family": None, "rule_values": None}}
-    settings = CounterfactualSettings(max_context=32)
+    settings = EditsConfig(max_context=32)
     row = run_edits(firings_of(corpus, 0), corpus, Fires(RULES), LabelsOnTexts(rows, STRINGS), settings, seed=0)[
         0
     ].row()
@@ -138,7 +139,7 @@ def test_a_latent_that_needs_the_whole_document_is_counted_as_too_long(corpus):
     held = table.rows("heldout")
     fires = table.position[held] >= 20
     firings = choose_firings(0, held[fires], np.full(fires.sum(), 3.0, np.float32), table, 12, seed=0)
-    settings = CounterfactualSettings(max_context=4)
+    settings = EditsConfig(max_context=4)
     row = run_edits(firings, corpus, Fires([whole]), LabelsOnTexts(rows_of(LABELS), STRINGS), settings, seed=0)[0].row()
     assert (row["edit_documents"], row["edit_too_long"], row["edit_kind"]) == (0, 12, None)
 
@@ -203,7 +204,7 @@ def test_a_direction_of_a_tokens_embedding_is_measured_as_a_token_latent(lm, cor
     assert (value > 0).all()
     firings = choose_firings(0, rows, value, table, 12, seed=0)
     labels = LabelsOnTexts(rows_of({0: ("token", [STRINGS[word], STRINGS[other]])}), STRINGS)
-    row = run_edits(firings, corpus, rerun, labels, CounterfactualSettings(max_context=16), seed=0)[0].row()
+    row = run_edits(firings, corpus, rerun, labels, EditsConfig(max_context=16), seed=0)[0].row()
     assert (row["edit_kind"], row["edit_token_share"]) == ("token", 1.0)
     assert row["edit_other_off"] >= 0.9
     assert row["edit_same_on"] == 0.0  # the direction is one word's, whatever the label says
@@ -217,8 +218,3 @@ def test_texts_for_amplifying_are_starts_of_heldout_documents(corpus):
     assert all(any((table.token[r : r + 12] == text).all() for r in starts) for text in texts)
     with pytest.raises(ValueError, match="no held-out document has as many"):
         heldout_texts(table, 5, 65, np.random.default_rng(0))
-
-
-def test_settings_refuse_impossible_values():
-    with pytest.raises(ValueError, match=r"n_documents must be at least 2, got 1; kept must lie in \(0, 1\], got 0"):
-        CounterfactualSettings(n_documents=1, kept=0.0)

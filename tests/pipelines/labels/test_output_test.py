@@ -6,7 +6,6 @@ from rerun_model import random_dictionary, tiny_lm
 from pipelines.labels.logit_lens import logit_lens
 from pipelines.labels.output_test import (
     Amplifier,
-    OutputTestSettings,
     draw_pool,
     matched_controls,
     measure_rises,
@@ -134,8 +133,3 @@ def test_the_pool_begins_with_the_tested_latents_and_repeats_none():
 def test_the_lens_names_the_planted_promise(lm, dictionary):
     lens = logit_lens(dictionary.W_dec[:1], *lm.unembedding(), n_top=1)
     assert lens.promoted.tolist() == [[300]]
-
-
-def test_settings_refuse_impossible_values():
-    with pytest.raises(ValueError, match="n_controls must be at least 1, got 0"):
-        OutputTestSettings(n_controls=0)
