@@ -47,14 +47,17 @@ class Prefix:
         self._output = output
 
     @contextmanager
-    def replay(self) -> Iterator[None]:
+    def replay(self, copies: int = 1) -> Iterator[None]:
         """Skip the layers and go on from what was kept. Only for the inputs of that forward pass.
 
+        Args:
+            copies: how often the inputs are repeated along the batch: `tokens.repeat(copies, 1)`.
         Raises: ValueError if nothing was recorded.
         """
         if self._layers and self._output is None:
             raise ValueError("There is nothing to replay: run the model inside of `record` first.")
-        as_tuple, output = isinstance(self._output, tuple), self._output
+        as_tuple = isinstance(self._output, tuple)
+        output = self._output if copies == 1 else _repeated(self._output, copies)
         skipped = self._layers[:-1]
         try:
             for layer in skipped:
@@ -75,6 +78,13 @@ def _pass_on(as_tuple: bool) -> Callable[..., Any]:
         return (hidden,) if as_tuple else hidden
 
     return forward
+
+
+def _repeated(output: Any, copies: int) -> Any:
+    """A layer's output for a batch that holds every row `copies` times; what is no residual stream stays out."""
+    if isinstance(output, tuple):
+        return (_repeated(output[0], copies), *output[1:])
+    return output.repeat(copies, *[1] * (output.ndim - 1))
 
 
 def _before(model: nn.Module, hook_name: str) -> list[nn.Module]:
