@@ -9,7 +9,7 @@ intersection-union test), and Holm runs over the whole family. It is control onl
 of side effects; an effect without such a dose is disruption.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from pipelines.audit.causal.controls import Traits, match_controls, random_directions
 from pipelines.audit.causal.dose import Trend, Window, find_window, isotonic_share, trend_test
 from pipelines.audit.causal.inference import STOP_AFTER, RankTest, controls_needed, mean_interval, rank_test
-from pipelines.audit.causal.intervene import Bench
+from pipelines.audit.causal.intervene import Bench, Delta
 from pipelines.audit.causal.outcomes import Outcome, SideEffects
 from pipelines.audit.statistics import holm
 from sae import Dictionary
@@ -74,10 +74,34 @@ class DoseCurve(NamedTuple):
     window: Window
 
 
-class Finding(NamedTuple):
-    """What is known of one feature."""
+@dataclass(frozen=True, eq=False)
+class Case:
+    """What is tested: one latent, or a set of them that is switched as one."""
 
-    latent: int
+    name: str
+    """Of the concept."""
+    latents: tuple[int, ...]
+    positive: Bench
+    """Prompts with the concept."""
+    neutral: Bench
+    """Prompts without it."""
+    outcome: Outcome
+    traits: Traits
+    """What controls are matched on, for this concept; `strength` is the unit of doses."""
+    dose: float = 1.0
+    """Of the sufficiency test, chosen on other texts."""
+
+    def deltas(self, bench: Bench, dose: float, rows: Float[Tensor, "n_latents d_in"]) -> Delta:
+        """The intervention with every latent clamped to its dose, the i-th push along the i-th of `rows`."""
+        pushes = (bench.push(latent, dose * float(self.traits.strength[latent])) for latent in self.latents)
+        return sum((bench.delta(push, row) for push, row in zip(pushes, rows, strict=True)), torch.zeros_like(bench.x))
+
+
+class Finding(NamedTuple):
+    """What is known of one case."""
+
+    name: str
+    latents: tuple[int, ...]
     tests: tuple[Measured, ...]
     curve: DoseCurve
     verdict: Literal["causal", "disruption", "no effect"]
@@ -85,49 +109,49 @@ class Finding(NamedTuple):
 
 def run_family(
     dictionary: Dictionary,
-    latents: Sequence[int],
-    positive: Bench,
-    neutral: Bench,
-    outcome: Outcome,
-    traits: Traits,
-    doses: Sequence[float],
+    cases: Sequence[Case],
     settings: CausalSettings | None = None,
     *,
-    on_test: Callable[[int, Kind], object] = lambda _latent, _kind: None,
+    known: Mapping[tuple[int, Kind], Measured] | None = None,
+    on_test: Callable[[int, Measured], object] = lambda _case, _test: None,
 ) -> list[Finding]:
-    """Test every latent for necessity and sufficiency.
+    """Test every case for necessity and sufficiency; the family is all of them, over all concepts.
 
     Args:
-        positive: prompts with the concept.
-        neutral: prompts without it.
-        traits: what controls are matched on; `strength` is the 99th percentile of a latent's positives.
-        doses: for each latent, the dose of its sufficiency test, chosen on other texts.
-        on_test: called after each test.
+        known: tests that an earlier run of the same family has finished, by the case's place and kind.
+        on_test: called after each test with the case's place and the result, whose `p_holm` is not there yet.
     Raises:
         UsageError: too few latents to match, or an outcome function that fails.
     """
     settings = settings or CausalSettings()
-    n_controls = settings.n_controls or controls_needed(len(KINDS) * len(latents), settings.alpha)
+    n_controls = settings.n_controls or controls_needed(len(KINDS) * len(cases), settings.alpha)
     exclude = np.zeros(dictionary.d_sae, bool)
-    exclude[list(latents)] = True
-    price = SideEffects(neutral.tokens, all_logits(neutral))
+    exclude[[latent for case in cases for latent in case.latents]] = True
+    directions = [_controls(dictionary, case, n_controls, exclude, settings.seed) for case in cases]
     raw: list[list[Measured]] = []
-    for latent, dose in zip(latents, doses, strict=True):
-        directions = _controls(dictionary, traits, latent, n_controls, exclude, settings.seed)
+    for place, (case, rows) in enumerate(zip(cases, directions, strict=True)):
         tests = []
         for kind in KINDS:
-            bench, value = (positive, 0.0) if kind == "necessity" else (neutral, dose * float(traits.strength[latent]))
-            tests.append(_test(bench, dictionary, latent, kind, dose, value, directions, outcome, settings.stop_after))
-            on_test(latent, kind)
+            test = (known or {}).get((place, kind))
+            if test is None:
+                test = _test(dictionary, case, kind, rows, settings.stop_after)
+                on_test(place, test)
+            tests.append(test)
         raw.append(tests)
     adjusted = holm(np.array([test.p for tests in raw for test in tests])).reshape(-1, len(KINDS))
     found = []
-    for latent, tests, p_holm in zip(latents, raw, adjusted, strict=True):
+    for case, tests, p_holm in zip(cases, raw, adjusted, strict=True):
         tests = [test._replace(p_holm=float(p)) for test, p in zip(tests, p_holm, strict=True)]
         beyond = max(abs(edge) for test in (tests[1].matched, tests[1].random) for edge in test.band)
-        curve = _curve(neutral, dictionary, latent, float(traits.strength[latent]), outcome, price, beyond, settings)
-        found.append(Finding(latent, tuple(tests), curve, _verdict(tests, curve, settings.alpha)))
+        curve = dose_curve(dictionary, case, settings, beyond=beyond)
+        found.append(Finding(case.name, case.latents, tuple(tests), curve, _verdict(tests, curve, settings.alpha)))
     return found
+
+
+def choose_dose(dictionary: Dictionary, case: Case, settings: CausalSettings) -> float:
+    """The dose of the largest effect that side effects allow, on prompts that no test uses; 1 where none is allowed."""
+    window = dose_curve(dictionary, case, settings, beyond=0.0).window
+    return 1.0 if window.dose is None else window.dose
 
 
 def all_logits(bench: Bench) -> Float[Tensor, "n_prompts seq vocab"]:
@@ -145,61 +169,58 @@ class _Logits:
 
 
 def _controls(
-    dictionary: Dictionary, traits: Traits, latent: int, n: int, exclude: Bool[np.ndarray, " d_sae"], seed: int
-) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_in"]]:
-    """Decoder directions of the matched latents, and random ones, all of the latent's own norm."""
-    norm = float(dictionary.W_dec[latent].norm())
-    matched = match_controls(traits, latent, n, exclude=exclude, seed=seed).latents
-    rows = dictionary.W_dec[torch.from_numpy(matched)]
-    rows = norm * rows / rows.norm(dim=1, keepdim=True)
-    return rows, torch.from_numpy(random_directions(n, rows.shape[1], norm, seed=seed + 7919 * (latent + 1)))
+    dictionary: Dictionary, case: Case, n: int, exclude: Bool[np.ndarray, " d_sae"], seed: int
+) -> tuple[Float[Tensor, "n n_latents d_in"], Float[Tensor, "n n_latents d_in"]]:
+    """Decoder directions of matched latents, and random ones, each of the norm of the latent that it stands for."""
+    matched, random = [], []
+    for latent in case.latents:
+        norm = float(dictionary.W_dec[latent].norm())
+        chosen = match_controls(case.traits, latent, n, exclude=exclude, seed=seed).latents
+        rows = dictionary.W_dec[torch.from_numpy(chosen)]
+        matched.append(norm * rows / rows.norm(dim=1, keepdim=True))
+        random.append(torch.from_numpy(random_directions(n, rows.shape[1], norm, seed=seed + 7919 * (latent + 1))))
+    return torch.stack(matched, dim=1), torch.stack(random, dim=1)
 
 
 def _test(
-    bench: Bench,
     dictionary: Dictionary,
-    latent: int,
+    case: Case,
     kind: Kind,
-    dose: float,
-    value: float,
-    directions: tuple[Tensor, Tensor],
-    outcome: Outcome,
+    directions: tuple[Float[Tensor, "n n_latents d_in"], Float[Tensor, "n n_latents d_in"]],
     stop_after: int | None,
 ) -> Measured:
-    push = bench.push(latent, value)
-    clean = bench.clean(outcome)
+    bench, dose = (case.positive, 0.0) if kind == "necessity" else (case.neutral, case.dose)
+    clean = bench.clean(case.outcome)
 
-    def effects(rows: Tensor) -> Iterator[Float[Tensor, " n_prompts"]]:
-        return (each - clean for each in bench.run((bench.delta(push, row) for row in rows), outcome))
+    def effects(sets: Iterable[Tensor]) -> Iterator[Float[np.ndarray, " n_prompts"]]:
+        changed = bench.run((case.deltas(bench, dose, rows) for rows in sets), case.outcome)
+        return ((each - clean).double().cpu().numpy() for each in changed)
 
-    own = next(effects(dictionary.W_dec[latent][None])).double().numpy()
-    mean, low, high = mean_interval(own)
+    mean, low, high = mean_interval(next(effects([_own(dictionary, case)])))
     matched, random = (
-        rank_test(mean, (float(each.double().mean()) for each in effects(rows)), stop_after=stop_after)
-        for rows in directions
+        rank_test(mean, (float(each.mean()) for each in effects(sets)), stop_after=stop_after) for sets in directions
     )
     p = max(matched.p, random.p)
-    return Measured(kind, 0.0 if kind == "necessity" else dose, mean, low, high, matched, random, p, p)
+    return Measured(kind, dose, mean, low, high, matched, random, p, p)
 
 
-def _curve(
-    neutral: Bench,
-    dictionary: Dictionary,
-    latent: int,
-    strength: float,
-    outcome: Outcome,
-    price: SideEffects,
-    beyond: float,
-    settings: CausalSettings,
-) -> DoseCurve:
+def _own(dictionary: Dictionary, case: Case) -> Float[Tensor, "n_latents d_in"]:
+    return dictionary.W_dec[list(case.latents)]
+
+
+def dose_curve(dictionary: Dictionary, case: Case, settings: CausalSettings, *, beyond: float) -> DoseCurve:
+    """The response of the neutral prompts to each dose, and what it costs; see `find_window` for `beyond`."""
+    bench, rows = case.neutral, _own(dictionary, case)
     doses = np.array(settings.doses)
-    row = dictionary.W_dec[latent]
-    deltas = [neutral.delta(neutral.push(latent, dose * strength), row) for dose in settings.doses]
-    effects = np.stack([each.double().numpy() for each in neutral.run(deltas, outcome)], axis=1)
-    effects -= neutral.clean(outcome).double().numpy()[:, None]
-    costs = np.stack([each.double().mean(0).numpy() for each in neutral.run(deltas, price)])
-    clean_ce = float(neutral.clean(price)[:, 1].double().mean())
-    growth = costs[:, 1] / clean_ce - 1
+    clean = bench.clean(case.outcome).double().cpu().numpy()
+    price = SideEffects(bench.tokens, all_logits(bench))
+
+    def run(outcome: Outcome) -> Float[np.ndarray, "n_doses n_prompts *_"]:
+        changed = bench.run((case.deltas(bench, dose, rows) for dose in settings.doses), outcome)
+        return np.stack([each.double().cpu().numpy() for each in changed])
+
+    effects, costs = run(case.outcome).T - clean[:, None], run(price).mean(axis=1)
+    growth = costs[:, 1] / float(bench.clean(price)[:, 1].double().mean()) - 1
     return DoseCurve(
         doses=doses,
         effects=effects,

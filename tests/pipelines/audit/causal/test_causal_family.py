@@ -1,33 +1,30 @@
 """The causal tests on a network whose wiring is known, and their bench against whole passes of a real architecture."""
 
-from pathlib import Path
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pipelines.audit.causal.family import CausalSettings, Finding, run_family
+from pipelines.audit.causal.family import Case, CausalSettings, Finding, Measured, choose_dose, dose_curve, run_family
 from pipelines.audit.causal.intervene import Bench
 from pipelines.audit.causal.outcomes import Judge, Probe, SideEffects, TokenOdds, single_tokens
 from pipelines.errors import UsageError
 from pipelines.models import LanguageModel
 from sae import Clamp, Dictionary, Exclude, TopKConfig, Zero, build
-from tests.pipelines.audit.causal.wired import CAUSAL, CORRELATED, TARGET, net
+from tests.pipelines.audit.causal.wired import CAUSAL, CORRELATED, TARGET, Net, net
+
+
+def cases(wired: Net, *sets: tuple[int, ...]) -> list[Case]:
+    odds = TokenOdds((TARGET,))
+    return [Case("concept", latents, wired.positive, wired.neutral, odds, wired.traits) for latents in sets]
 
 
 def findings(seed: int) -> list[Finding]:
     wired = net(seed)
-    return run_family(
-        wired.dictionary,
-        [CAUSAL, CORRELATED],
-        wired.positive,
-        wired.neutral,
-        TokenOdds((TARGET,)),
-        wired.traits,
-        doses=[1.0, 1.0],
-        settings=CausalSettings(seed=seed),
-    )
+    return run_family(wired.dictionary, cases(wired, (CAUSAL,), (CORRELATED,)), CausalSettings(seed=seed))
 
 
 def test_the_feature_that_is_read_is_causal_and_the_one_that_goes_along_is_not() -> None:
@@ -135,10 +132,31 @@ def test_outcomes_that_are_none_are_refused(lm: LanguageModel) -> None:
     assert single_tokens(lm.tokenizer, ["king", "king"]) == tuple(lm.tokenizer.encode("king", add_special_tokens=False))
 
 
-def test_a_family_without_enough_latents_to_match_says_so(tmp_path: Path) -> None:
+def test_a_set_is_switched_as_one_and_finished_tests_are_not_run_again() -> None:
+    wired = net(0)
+    both = cases(wired, (CORRELATED, CAUSAL))
+    done: dict[tuple[int, Any], Measured] = {}
+    (found,) = run_family(wired.dictionary, both, on_test=lambda place, test: done.update({(place, test.kind): test}))
+    assert found.latents == (CORRELATED, CAUSAL)
+    assert found.verdict == "causal"
+    again: list[int] = []
+    (same,) = run_family(wired.dictionary, both, known=done, on_test=lambda place, _test: again.append(place))
+    assert not again
+    assert same.tests == found.tests
+
+
+def test_a_dose_is_chosen_among_those_that_side_effects_allow() -> None:
+    wired = net(0)
+    (case,) = cases(wired, (CAUSAL,))
+    settings = CausalSettings()
+    curve = dose_curve(wired.dictionary, case, settings, beyond=0.0)
+    assert (np.diff(curve.kl[2:]) > 0).all(), "stronger pushes move the predictions further"
+    assert choose_dose(wired.dictionary, case, settings) == curve.window.dose
+
+
+def test_a_family_without_enough_latents_to_match_says_so() -> None:
     wired = net(0)
     traits = wired.traits._replace(auroc=np.full(len(wired.traits.auroc), 0.9))
+    few = [replace(case, traits=traits) for case in cases(wired, (CAUSAL,), (CORRELATED,))]
     with pytest.raises(UsageError, match="needs 79 matched controls, but only 0 latents"):
-        run_family(
-            wired.dictionary, [0, 1], wired.positive, wired.neutral, TokenOdds((TARGET,)), traits, doses=[1.0, 1.0]
-        )
+        run_family(wired.dictionary, few)
