@@ -8,7 +8,9 @@ and not to the run: deleting the run, renaming the concept, moving a few texts o
 
 `opened` records hold the digests of the confirm positives, never a text; `finished` ones close an opening, so that one
 without it is an abandoned audit. An opening repeats an earlier one if they share a dictionary and either the confirm
-texts or a tenth of the positives of the smaller set.
+texts or a tenth of the positives of the smaller set. All of them are listed; those of another plan count as reuse. The
+very same plan (its manifest's hash) may be carried out again, after a crash or to reproduce it: it was fixed before it
+was first opened, and gives what it gave. It counts what had been opened before that first time.
 
 The file is `SAE_PIPELINES_LEDGER`, else in the user's data folder. On a cluster, point it to a shared volume.
 """
@@ -66,7 +68,7 @@ class Opening(BaseModel):
     confirm_sha256: str
     dictionaries: list[str]
     reused: int
-    """How often these texts had been opened with this dictionary before."""
+    """How often these texts had been opened with this dictionary, by other plans, before this plan first was."""
     earlier: list[Earlier]
     since: str
     """Time of the ledger's first record: nothing is known of what happened before."""
@@ -230,6 +232,7 @@ def opening_of(records: list[dict[str, Any]], record: dict[str, Any]) -> Opening
     """What the records up to one opening say about it."""
     levels = {r["opened"]: r["level"] for r in records if r["event"] == "finished"}
     before = [r for r in records[: record["seq"]] if r["event"] == "opened" and repeats(r, record)]
+    first = next((r for r in before if r["manifest_sha256"] == record["manifest_sha256"]), record)
     return Opening(
         seq=record["seq"],
         time=record["time"],
@@ -237,7 +240,7 @@ def opening_of(records: list[dict[str, Any]], record: dict[str, Any]) -> Opening
         manifest_sha256=record["manifest_sha256"],
         confirm_sha256=record["confirm_sha256"],
         dictionaries=record["dictionaries"],
-        reused=len(before),
+        reused=sum(r["seq"] < first["seq"] for r in before),
         earlier=[
             Earlier(
                 seq=r["seq"],

@@ -57,11 +57,19 @@ def test_the_first_opening_is_free_and_later_ones_are_stamped_whatever_their_nam
     second = book.open_confirm(plan(name="renamed", settings={"max_candidates": 3}), name="two")
     assert (second.reused, second.stamp) == (1, "REUSED(1)")
     assert [(e.name, e.outcome, e.shared) for e in second.earlier] == [("one", "detects", 9)]
-    third = book.open_confirm(plan(), name="one")
+    third = book.open_confirm(plan(settings={"max_candidates": 4}), name="one")
     assert third.stamp == "REUSED(2)"
     assert [e.outcome for e in third.earlier] == ["detects", None]  # the second was abandoned
     assert third.since == first.time
     assert [r["seq"] for r in third.records] == [0, 2, 3]
+
+
+def test_the_same_plan_may_be_carried_out_again_and_counts_what_it_counted(book):
+    book.open_confirm(plan(), name="one")
+    second = book.open_confirm(plan(settings={"max_candidates": 3}), name="two")
+    again = book.open_confirm(plan(), name="one")
+    assert (again.reused, again.stamp, len(again.earlier)) == (0, None, 2)
+    assert book.open_confirm(plan(settings={"max_candidates": 3}), name="two").reused == second.reused == 1
 
 
 def test_another_dictionary_or_other_texts_are_no_reuse(book):
@@ -124,7 +132,7 @@ def test_a_record_that_the_head_does_not_know_yet_counts(book):
     before = head.read_bytes()
     book.open_confirm(plan(), name="two")
     head.write_bytes(before)  # killed between the two files
-    assert book.open_confirm(plan(), name="three").reused == 2
+    assert len(book.open_confirm(plan(), name="three").earlier) == 2
 
 
 def test_a_ledger_that_cannot_be_written_opens_nothing(tmp_path):
@@ -137,7 +145,7 @@ def test_two_processes_open_one_after_the_other(book):
     processes = [opener(book.path, 5, "same") for _ in range(2)]
     seqs = [int(line) for p in processes for line in p.communicate(timeout=60)[0].split()]
     assert sorted(seqs) == list(range(10))
-    assert book.open_confirm(plan(weights="same"), name="last").reused == 10
+    assert len(book.open_confirm(plan(weights="same"), name="last").earlier) == 10
 
 
 def test_a_writer_killed_at_any_moment_loses_no_opening_that_it_was_told_of(book):
@@ -150,4 +158,4 @@ def test_a_writer_killed_at_any_moment_loses_no_opening_that_it_was_told_of(book
         told = max([told, *(int(line) for line in heard)])
         records = book.records()
         assert len(records) > told
-    assert book.open_confirm(plan(weights="same"), name="last").reused == len(records)
+    assert len(book.open_confirm(plan(weights="same"), name="last").earlier) == len(records)
