@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from pipelines.labels.in_model_settings import EditsConfig, OutputTestConfig
+from pipelines.labels.llm.settings import LLMConfig
 from pipelines.section import Section
 from pipelines.selection import Selection, selection_of
 
@@ -358,6 +359,11 @@ class LabelConfig(Section):
     """Contexts are edited and run again; off by default."""
     output_test: OutputTestConfig = OutputTestConfig()
     """Latents are amplified, and their promised tokens have to rise; off by default."""
+    prefer: tuple[str, ...] = Field(("predicate",), min_length=1)
+    """Whose label features.parquet shows, the first of these that passed its test: predicate, llm, human, human:NAME …;
+    labels.parquet has them all."""
+    llm: LLMConfig | None = None
+    """Labels by a language model behind an OpenAI-compatible endpoint, in addition; off by default."""
 
 
 class AuditConfig(Section):
