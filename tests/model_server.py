@@ -28,7 +28,9 @@ class Generator:
         self.model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
         self.lock = threading.Lock()
 
-    def answer(self, messages: list[dict[str, str]], schema: dict[str, Any] | None, max_tokens: int) -> tuple[str, str, int]:
+    def answer(
+        self, messages: list[dict[str, str]], schema: dict[str, Any] | None, max_tokens: int
+    ) -> tuple[str, str, int]:
         """Text, finish reason, tokens of the prompt."""
         if self.tokenizer.chat_template:
             ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
