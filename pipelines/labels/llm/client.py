@@ -40,13 +40,12 @@ class Client:
         self,
         endpoint: Endpoint,
         ledger: Ledger,
-        budget: Budget,
         *,
         give_up_after: int = 8,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         """Args: give_up_after: questions in a row that came to nothing after which the endpoint counts as down."""
-        self._endpoint, self._ledger, self._budget, self._sleep = endpoint, ledger, budget, sleep
+        self._endpoint, self._ledger, self._sleep = endpoint, ledger, sleep
         self._give_up_after, self._failed, self._lock = give_up_after, 0, threading.Lock()
         self._down: str | None = None
         self._jitter = random.Random(0)
@@ -56,7 +55,7 @@ class Client:
         """The model's name."""
         return self._endpoint.settings.model
 
-    def ask(self, question: Question) -> Answer:
+    def ask(self, question: Question, budget: Budget) -> Answer:
         """The answer, from the ledger or the endpoint.
 
         Raises:
@@ -73,7 +72,7 @@ class Client:
         for repetition in range(settings.max_retries + 1):
             if self._down is not None:
                 raise EndpointDown(self._down)
-            attempt = self._attempt(key, question, bound)
+            attempt = self._attempt(key, question, bound, budget)
             if attempt.reason is None:
                 with self._lock:
                     self._failed = 0
@@ -85,8 +84,8 @@ class Client:
         self._count_failure(attempt)
         return Answer(None, attempt.reason, True)
 
-    def _attempt(self, key: str, question: Question, bound: Cost) -> Attempt:
-        self._budget.reserve(bound)
+    def _attempt(self, key: str, question: Question, bound: Cost, budget: Budget) -> Attempt:
+        budget.reserve(bound)
         cost = NOTHING
         try:
             number = self._ledger.send(key, question.role, bound)
@@ -98,7 +97,7 @@ class Client:
             cost = self._ledger.settle(number, key, self._endpoint.settings, attempt)
             return attempt
         finally:
-            self._budget.settle(bound, cost)
+            budget.settle(bound, cost)
 
     def _count_failure(self, attempt: Attempt) -> None:
         with self._lock:

@@ -59,9 +59,9 @@ class Attempt(NamedTuple):
 class Endpoint:
     """One endpoint; may be used from several threads."""
 
-    def __init__(self, settings: EndpointConfig, api_key: str | None, base_url: str | None = None) -> None:
-        """Args: base_url: in place of the one in the settings, for a server that was started just now."""
-        address = base_url or settings.base_url
+    def __init__(self, settings: EndpointConfig, api_key: str | None, server: str | None = None) -> None:
+        """Args: server: where to ask if the settings have no address of their own."""
+        address = settings.base_url or server
         if address is None:
             raise ValueError("an endpoint needs an address: give base_url")
         self.settings, self._url, self._key = settings, f"{address.rstrip('/')}/chat/completions", api_key
@@ -178,10 +178,12 @@ def _text(body: bytes) -> str:
 
 def _usage(usage: Any) -> tuple[int, int] | None:
     """Tokens of prompt and answer, where the endpoint counted them."""
-    counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")] if isinstance(usage, dict) else []
-    if len(counts) == 2 and all(type(n) is int and 0 <= n < 10**9 for n in counts):
-        return int(counts[0]), int(counts[1])
-    return None
+    if not isinstance(usage, dict):
+        return None
+    prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    if type(prompt) is not int or type(completion) is not int or min(prompt, completion) < 0:
+        return None
+    return prompt, completion
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:

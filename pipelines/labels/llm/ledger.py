@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, TextIO
 from pipelines.errors import RunError
 from pipelines.labels.llm.endpoint import Attempt, Question
 from pipelines.labels.llm.settings import EndpointConfig
+from pipelines.rundir import now
 
 
 class Cost(NamedTuple):
@@ -80,6 +81,8 @@ class Entry(NamedTuple):
     cost: Cost
     estimated: bool
     model: str
+    at: str
+    """When it came, UTC, ISO 8601."""
 
 
 class Account(NamedTuple):
@@ -134,7 +137,7 @@ class Ledger:
         record: dict[str, Any] = {"settled": number, "key": key, "cost": list(cost), "estimated": attempt.estimated}
         if attempt.reason is None:
             record |= {"text": attempt.text, "refusal": attempt.refusal, "finish": attempt.finish}
-            record["model"] = settings.model
+            record |= {"model": settings.model, "at": now()}
         else:
             record |= {"reason": attempt.reason, "detail": attempt.detail}
         self._write(record, durable=True)
@@ -205,6 +208,7 @@ class Ledger:
                 cost,
                 bool(record["estimated"]),
                 str(record["model"]),
+                str(record["at"]),
             )
             self._answers[record["key"]] = entry
             self._n_estimated += entry.estimated

@@ -11,11 +11,24 @@ _OWN_FIELDS = frozenset({"model", "messages", "response_format", "temperature", 
 """Fields of a request that have a setting of their own, or must not be set."""
 
 
+def _address(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("an address begins with http:// or https:// and names a host")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise ValueError(
+            "an address holds no user, password, query or fragment; a key goes into the variable that `api_key_env` "
+            "names"
+        )
+    return url.rstrip("/")
+
+
 class EndpointConfig(Section):
     """A language model behind an OpenAI-compatible endpoint: vLLM, llama.cpp, Ollama, a hosted one."""
 
     base_url: str | None = None
-    """Address up to and including the version, such as http://127.0.0.1:8000/v1; with `serve`, that of the server."""
+    """Address up to and including the version, such as http://127.0.0.1:8000/v1. Without one, the worker's own server
+    is asked: the one that `serve` starts, or that `servers` lists for it."""
     model: str = Field(min_length=1)
     """The model's name, as the endpoint knows it."""
     api_key_env: str | None = None
@@ -47,17 +60,7 @@ class EndpointConfig(Section):
     @field_validator("base_url")
     @classmethod
     def _plain_address(cls, url: str | None) -> str | None:
-        if url is None:
-            return None
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError("an address begins with http:// or https:// and names a host")
-        if parts.username or parts.password or parts.query or parts.fragment:
-            raise ValueError(
-                "an address holds no user, password, query or fragment; a key goes into the variable that "
-                "`api_key_env` names"
-            )
-        return url.rstrip("/")
+        return None if url is None else _address(url)
 
     @field_validator("api_key_env")
     @classmethod
@@ -126,12 +129,16 @@ class LLMConfig(Section):
     """Train contexts that the explainer sees of a latent."""
     positives: int = Field(20, gt=0)
     """Held-out windows with a firing that the judge sees of a latent, spread over the deciles of strength."""
-    negatives: int = Field(5, gt=0)
+    negatives: int = Field(10, gt=0)
     """Held-out windows without, of each kind."""
     fuzzed: int = Field(10, ge=0)
     """Windows with a firing that the judge sees once with the right tokens marked and once with wrong ones."""
-    others: int = Field(10, ge=0)
-    """Other latents, half of them random and half nearest neighbours, on whose windows the label is tried as well."""
+    others: int = Field(20, ge=0)
+    """Random other latents, on whose windows the label is tried as well: a label that fits those too says nothing."""
+    neighbours: int = Field(5, ge=0)
+    """The same for the latents with the most similar decoder rows."""
+    windows_per_other: int = Field(2, gt=0)
+    """Windows of each of these."""
     windows_per_call: int = Field(8, gt=0)
     """Windows in one question to the judge."""
     budget: BudgetConfig = BudgetConfig()
@@ -141,8 +148,15 @@ class LLMConfig(Section):
     """Ray actors among which latents are shared out; 0 asks from the driver."""
     gpus_per_worker: float = Field(0, ge=0)
     """GPUs an actor, for the server that it starts."""
+    servers: tuple[str, ...] = ()
+    """Addresses of equal servers, shared out over the workers in turn."""
     serve: ServeConfig | None = None
-    """A server to start: by each worker, or by the driver if there are none."""
+    """A server that each worker starts; the driver, if there are none."""
+
+    @field_validator("servers")
+    @classmethod
+    def _addresses(cls, servers: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(_address(url) for url in servers)
 
     @field_validator("latents")
     @classmethod
@@ -160,8 +174,10 @@ class LLMConfig(Section):
         lacking = [
             name for name, it in (("explainer", self.explainer), ("judge", self.judge)) if it and not it.base_url
         ]
-        if lacking and self.serve is None:
-            raise ValueError(f"{' and '.join(lacking)} needs a base_url, or a server to start under `serve`")
+        if self.serve is not None and self.servers:
+            raise ValueError("give `serve`, to start servers, or `servers`, that are running")
+        if lacking and self.serve is None and not self.servers:
+            raise ValueError(f"{' and '.join(lacking)} needs a base_url, or `servers`, or `serve` to start one")
         return self
 
     @property

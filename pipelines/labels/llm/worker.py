@@ -10,7 +10,7 @@ calls follow each other, so that at the end of a budget most latents are either 
 import os
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from pathlib import Path
@@ -24,7 +24,7 @@ from pipelines.labels.llm.endpoint import Endpoint, Question, keys_of
 from pipelines.labels.llm.ledger import NOTHING, Cost, Entry, Ledger, total
 from pipelines.labels.llm.questions import Passage, Unusable
 from pipelines.labels.llm.server import Server
-from pipelines.labels.llm.settings import BudgetConfig, EndpointConfig, LLMConfig
+from pipelines.labels.llm.settings import EndpointConfig, LLMConfig
 
 Answers = tuple[int | None, ...]
 
@@ -62,44 +62,39 @@ class Outcome(NamedTuple):
     """Calls that gave no answer, by "role: reason"."""
     cost: Cost = NOTHING
     """Of all answers behind this outcome, whenever they were paid."""
+    labelled_at: str | None = None
+    """When the explainer gave the label, UTC, ISO 8601."""
     n_known: int = 0
     """Answers that the ledger had already."""
 
 
 class Worker:
-    """One explainer and one judge, with the ledger and a share of the budget. Context manager."""
+    """One explainer and one judge, with the ledger. Context manager."""
 
-    def __init__(
-        self,
-        config: LLMConfig,
-        folder: Path,
-        budget: BudgetConfig,
-        *,
-        address: str | None = None,
-        count_spent: bool = True,
-    ) -> None:
-        """Args:
-        folder: of the ledger.
-        budget: limits for this worker.
-        address: in place of the base_url of the config's endpoints.
-        count_spent: the ledger's earlier calls count towards `budget`.
+    def __init__(self, config: LLMConfig, folder: Path, number: int = 0) -> None:
+        """Starts a server, if the config says so, and reads the ledger.
+
+        Args:
+            folder: of the ledger.
+            number: among the workers of this config.
+
+        Raises:
+            RunError: the server does not start, a key is missing, or the ledger is damaged.
         """
         self.config = config
         self._exit = ExitStack()
-        if config.serve is not None:
-            address = self._exit.enter_context(Server(config.serve)).base_url
-        self.ledger = Ledger(folder)
-        spent = self.ledger.account().spent if count_spent else NOTHING
-        self._budget = Budget(budget, spent)
         keys = keys_of(config.endpoints, os.environ)
+        server = config.servers[number % len(config.servers)] if config.servers else None
+        self.ledger = Ledger(folder)
+        if config.serve is not None:
+            server = self._exit.enter_context(Server(config.serve)).base_url
         self._clients = [
-            (settings, self._client(settings, keys.get(settings.api_key_env or ""), address))
+            (settings, self._client(settings, keys.get(settings.api_key_env or ""), server))
             for settings in config.endpoints
         ]
 
-    def _client(self, settings: EndpointConfig, key: str | None, address: str | None) -> Client:
-        endpoint = Endpoint(settings, key, address)
-        return Client(endpoint, self.ledger, self._budget, give_up_after=self.config.give_up_after)
+    def _client(self, settings: EndpointConfig, key: str | None, server: str | None) -> Client:
+        return Client(Endpoint(settings, key, server), self.ledger, give_up_after=self.config.give_up_after)
 
     def client(self, settings: EndpointConfig) -> Client:
         """The client of an endpoint of the config; explainer and judge share one where their settings are equal."""
@@ -109,10 +104,14 @@ class Worker:
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the server and close the ledger."""
         self.ledger.close()
         self._exit.close()
 
-    def run(self, tasks: Sequence[Task]) -> Iterator[Outcome]:
+    def run(self, tasks: Iterable[Task], budget: Budget) -> Iterator[Outcome]:
         """Outcomes, as they are finished; those that the budget does not reach are `waiting`.
 
         Raises:
@@ -124,7 +123,7 @@ class Worker:
             try:
                 while True:
                     while len(pending) < 2 * n_threads and (task := next(left, None)) is not None:
-                        pending.add(pool.submit(self.do, task))
+                        pending.add(pool.submit(self.do, task, budget))
                     if not pending:
                         return
                     done, pending = wait(pending, return_when=FIRST_COMPLETED)
@@ -136,9 +135,9 @@ class Worker:
                 for future in pending:
                     future.cancel()
 
-    def do(self, task: Task) -> Outcome:
+    def do(self, task: Task, budget: Budget) -> Outcome:
         """One latent from label to answers."""
-        inquiry = _Inquiry(self, task.latent)
+        inquiry = _Inquiry(self, task.latent, budget)
         label, status = task.label, "labelled"
         detect: Answers = ()
         fuzz: Answers = ()
@@ -158,11 +157,12 @@ class Worker:
 class _Inquiry:
     """The calls about one latent, with their cost and failures."""
 
-    def __init__(self, worker: Worker, latent: int) -> None:
-        self._worker, self._latent = worker, latent
+    def __init__(self, worker: Worker, latent: int, budget: Budget) -> None:
+        self._worker, self._latent, self._budget = worker, latent, budget
         self._failures: Counter[str] = Counter()
         self._costs: list[Cost] = []
         self._n_known = 0
+        self._labelled_at: str | None = None
 
     def explain(self, task: Task) -> tuple[str | None, str]:
         settings = self._worker.config.explainer
@@ -176,6 +176,7 @@ class _Inquiry:
         except Unusable as unusable:
             self._failures[f"explain: {unusable.reason}"] += 1
             return None, "failed"
+        self._labelled_at = answer.at
         return label, "abstained" if label is None else "labelled"
 
     def judge(self, role: str, label: str, passages: Sequence[Passage]) -> Answers:
@@ -206,11 +207,12 @@ class _Inquiry:
             mismatch,
             tuple(sorted(self._failures.items())),
             total(self._costs),
+            self._labelled_at,
             self._n_known,
         )
 
     def _ask(self, settings: EndpointConfig, question: Question) -> Entry | None:
-        answer = self._worker.client(settings).ask(question)
+        answer = self._worker.client(settings).ask(question, self._budget)
         if answer.entry is None:
             self._failures[f"{question.role}: {answer.reason}"] += 1
             return None
