@@ -102,6 +102,17 @@ _stage_command("collect", "Text to activations: fill the activation store.")
 _stage_command("train", "Activations to a dictionary: train the sparse autoencoders.")
 
 
+DictionaryOption = Annotated[
+    str | None, typer.Option(help="A dictionary from anywhere: folder, Hugging Face repository, URL.")
+]
+ModelOption = Annotated[str | None, typer.Option(help="With --dictionary: Hugging Face id, folder, .gguf.")]
+TextOption = Annotated[
+    str | None, typer.Option("--text", help="With --dictionary: file, folder or Hugging Face dataset.")
+]
+HookOption = Annotated[str | None, typer.Option(help="Where it reads, if it does not say.")]
+TokensOption = Annotated[int | None, typer.Option(min=1024, help="Tokens to collect; 65,536 by default.")]
+
+
 def _dictionary_command(stage: str, text: str) -> None:
     @told_plainly
     def command(
@@ -112,35 +123,46 @@ def _dictionary_command(stage: str, text: str) -> None:
         out: OutOption = None,
         set_: SetOption = None,
         as_json: JsonOption = False,
-        dictionary: Annotated[
-            str | None, typer.Option(help="A dictionary from anywhere: folder, Hugging Face repository, URL.")
-        ] = None,
-        model: Annotated[str | None, typer.Option(help="With --dictionary: Hugging Face id, folder, .gguf.")] = None,
-        texts: Annotated[
-            str | None, typer.Option("--text", help="With --dictionary: file, folder or Hugging Face dataset.")
-        ] = None,
-        hook: Annotated[str | None, typer.Option(help="Where it reads, if it does not say.")] = None,
-        tokens: Annotated[int | None, typer.Option(min=1024, help="Tokens to collect; 65,536 by default.")] = None,
+        dictionary: DictionaryOption = None,
+        model: ModelOption = None,
+        texts: TextOption = None,
+        hook: HookOption = None,
+        tokens: TokensOption = None,
     ) -> None:
-        given = {"--dictionary": dictionary, "--model": model, "--text": texts}
-        if config is not None:
-            everything = given | {"--hook": hook, "--tokens": tokens}
-            extra = [name for name, value in everything.items() if value is not None]
-            if extra:
-                raise UsageError(f"a config says all of it: drop {', '.join(extra)}, or the config")
-            _execute(config, out, set_, as_json, (stage,))
-            return
-        if dictionary is None or model is None or texts is None:
-            missing = ", ".join(name for name, value in given.items() if value is None)
-            raise UsageError(f"give a CONFIG, or --dictionary, --model and --text; missing: {missing}")
-        _bring(stage, dictionary, model, texts, hook, tokens, out, set_, as_json)
+        dictionary_stage(stage, config, out, set_, as_json, dictionary, model, texts, hook, tokens)
 
     command.__doc__ = text
     app.command(stage)(command)
 
 
+def dictionary_stage(
+    stage: str,
+    config: str | None,
+    out: Path | None,
+    set_: list[str] | None,
+    as_json: bool,
+    dictionary: str | None,
+    model: str | None,
+    texts: str | None,
+    hook: str | None,
+    tokens: int | None,
+) -> None:
+    """A stage of a run, or of one that is made for a dictionary from elsewhere."""
+    given = {"--dictionary": dictionary, "--model": model, "--text": texts}
+    if config is not None:
+        everything = given | {"--hook": hook, "--tokens": tokens}
+        extra = [name for name, value in everything.items() if value is not None]
+        if extra:
+            raise UsageError(f"a config says all of it: drop {', '.join(extra)}, or the config")
+        _execute(config, out, set_, as_json, (stage,))
+        return
+    if dictionary is None or model is None or texts is None:
+        missing = ", ".join(name for name, value in given.items() if value is None)
+        raise UsageError(f"give a CONFIG, or --dictionary, --model and --text; missing: {missing}")
+    _bring(stage, dictionary, model, texts, hook, tokens, out, set_, as_json)
+
+
 _dictionary_command("evaluate", "How faithful the dictionary is on held-out documents.")
-_dictionary_command("label", "Contexts, a label and a held-out test for every latent.")
 _dictionary_command("audit", "Which latents carry the configured concepts, and how sure we are.")
 
 
@@ -156,7 +178,7 @@ def _bring(
     as_json: bool,
 ) -> None:
     """Every stage up to this one, from a config that is made here and kept in the run directory."""
-    _quiet_libraries()
+    quiet_libraries()
     import tempfile
 
     import yaml
@@ -190,7 +212,7 @@ def export(
             raise UsageError("--sae and --to go with --checkpoint: add it, or drop them")
         _execute(config, out, set_, as_json, ("export",))
         return
-    _quiet_libraries()
+    quiet_libraries()
     from pipelines.checkpoints import export_checkpoint
 
     opened = _open(config, out, set_ or [])
@@ -203,7 +225,7 @@ def export(
 def _execute(
     config: str, out: Path | None, overrides: list[str] | None, as_json: bool, stages: tuple[str, ...]
 ) -> None:
-    _quiet_libraries()
+    quiet_libraries()
     from rich.console import Console
 
     from pipelines.progress import ConsoleReporter
@@ -239,7 +261,7 @@ def _open(config: str, out: Path | None, overrides: list[str]) -> "Run":
     return open_run(loaded, out or Path("runs") / loaded.name)
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Libraries talk to developers; this command talks to its user."""
     import os
     import warnings
@@ -265,7 +287,7 @@ def publish(
     ] = False,
 ) -> None:
     """Upload dictionaries to the Hugging Face Hub, with their model cards, in one commit."""
-    _quiet_libraries()
+    quiet_libraries()
     from pipelines.hub import publish as upload
 
     url = upload(
@@ -293,7 +315,7 @@ def dashboards(
     """Write a dictionary's features and contexts for Neuronpedia or SAEDashboard."""
     if viewer not in ("neuronpedia", "saedashboard"):
         raise UsageError(f"--for must be neuronpedia or saedashboard, got {viewer!r}")
-    _quiet_libraries()
+    quiet_libraries()
     from datetime import UTC, datetime
 
     from pipelines.dashboards import Publication, write_neuronpedia, write_saedashboard
@@ -351,7 +373,7 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Tokens, bytes, hours and workers before anything starts; exit 1 if the disk is too small."""
-    _quiet_libraries()
+    quiet_libraries()
     from pipelines.plan import make_plan, plan_text, require_room
 
     opened = _open(config, out, set_ or [])
@@ -444,3 +466,6 @@ def init(
         raise RunError(f"{path} exists: choose another --to, or remove it")
     path.write_text(commented_config(model, hook, text, str(path)), encoding="utf-8")
     print(f"wrote {path}; read it, then: sae run {path}")
+
+
+import pipelines.cli_labels  # noqa: E402, F401  its command needs what stands above

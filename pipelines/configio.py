@@ -100,8 +100,9 @@ def _explain(error: ValidationError, path: Path) -> str:
             lines.append(f"`{where}` is missing")
         else:
             message = problem["msg"].removeprefix("Value error, ")
-            # A store's URL is not repeated: somebody may have put a secret in it.
-            got = "" if where in ("", "collect.store") else f" (got {problem['input']!r})"
+            # An address or the name of a key is not repeated: somebody may have put a secret in it.
+            secret = where in ("", "collect.store") or where.startswith("label.llm")
+            got = "" if secret else f" (got {problem['input']!r})"
             lines.append(f"`{where}`: {message}{got}" if where else message)
     return f"config {path}: " + "; ".join(lines)
 

@@ -45,9 +45,9 @@ def export_dictionary(config: RunConfig, run: RunDir, name: str, ui: Reporter) -
             features=features,
             overwrite=True,
         )
-        examples = run.labels(name) / "examples.parquet"
-        if examples.exists():
-            shutil.copyfile(examples, partial / "examples.parquet")
+        for table in ("examples.parquet", "labels.parquet"):
+            if (run.labels(name) / table).exists():
+                shutil.copyfile(run.labels(name) / table, partial / table)
         write_text(partial / "README.md", model_card(f"{config.name} / {name}", dictionary, metrics))
         if features is not None:
             shown = Dictionary.load(partial)

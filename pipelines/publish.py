@@ -21,6 +21,7 @@ PUBLISHED = (
     "sparsity.safetensors",
     "features.parquet",
     "examples.parquet",
+    "labels.parquet",
     "README.md",
 )
 """The files of a dictionary folder that go to the Hub; others may lie there for reasons of their own."""

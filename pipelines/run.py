@@ -7,6 +7,7 @@ keys of the stages before it. A change that would make the stored activations or
 refused; later stages simply run again.
 """
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -94,10 +95,21 @@ def stage_sections(config: RunConfig) -> dict[str, Any]:
             "dictionary": data["dictionary"],
         },
         "evaluate": {"evaluate": data["evaluate"]},
-        "label": {"label": data["label"]},
+        "label": {"label": _without_endpoints(data["label"])},
         "export": {"name": data["name"]},
         "audit": {"audit": data["audit"], "concepts": _concept_digests(config)},
     }
+
+
+def _without_endpoints(label: dict[str, Any]) -> dict[str, Any]:
+    """The label section without what decides where and how fast a language model is asked."""
+    ways = {"base_url", "api_key_env", "timeout_s", "max_retries", "max_wait_s", "concurrency"}
+    spread = {"n_workers", "gpus_per_worker", "servers", "serve", "give_up_after"}
+    llm = {key: value for key, value in (label["llm"] or {}).items() if key not in spread}
+    for role in ("explainer", "judge"):
+        if llm.get(role):
+            llm[role] = {key: value for key, value in llm[role].items() if key not in ways}
+    return label | {"llm": llm or None}
 
 
 def _concept_digests(config: RunConfig) -> list[str]:
@@ -185,8 +197,12 @@ def validate(run: Run, stages: list[str]) -> None:
     """Find the mistakes of later stages before the first one starts.
 
     Raises:
-        UsageError: a concept file, model, hook, text or dictionary that cannot be used.
+        UsageError: a concept file, model, hook, text or dictionary that cannot be used, or an API key that is not set.
     """
+    if "label" in stages and run.config.label.enabled and run.config.label.llm is not None:
+        from pipelines.labels.llm.endpoint import keys_of
+
+        keys_of(run.config.label.llm.endpoints, os.environ)
     if "audit" in stages:
         from pipelines.audit.run import load_concepts
 

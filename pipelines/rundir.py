@@ -1,7 +1,7 @@
 """The run directory: where every artefact of a run stands, and which stages are finished.
 
-    runs/NAME/{config.yaml, activations/, checkpoints/SAE/, latents/SAE/, labels/SAE/, dictionaries/SAE/, audit/,
-    metrics.json, events.jsonl, .stages/}
+    runs/NAME/{config.yaml, activations/, checkpoints/SAE/, latents/SAE/, labels/SAE/, imports/SAE/, llm/,
+    dictionaries/SAE/, audit/, metrics.json, events.jsonl, .stages/}
 
 Files appear whole or not at all: written beside, flushed to disk, renamed.
 """
@@ -59,6 +59,15 @@ class RunDir:
     def labels(self, sae: str) -> Path:
         """features.parquet and examples.parquet as the label stage writes them."""
         return self.path / "labels" / sae
+
+    def imports(self, sae: str) -> Path:
+        """Labels of other people; no stage writes here."""
+        return self.path / "imports" / sae
+
+    @property
+    def llm(self) -> Path:
+        """Every call to a language model that labels, with its answer and cost; kept over reruns."""
+        return self.path / "llm"
 
     def dictionary(self, sae: str) -> Path:
         """What users load."""

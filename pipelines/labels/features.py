@@ -129,6 +129,7 @@ def write_features(
             {
                 "latent": np.arange(n_latents, dtype=np.int32),
                 "label": [text if ok else None for text, ok in zip(candidate, labelled, strict=True)],
+                "label_source": ["predicate" if ok else None for ok in labelled],
                 "label_kind": kind,
                 "labelled": labelled,
                 "candidate": candidate,

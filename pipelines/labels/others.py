@@ -55,8 +55,7 @@ class Material:
     window: int = 16
 
 
-@dataclass(frozen=True)
-class OthersSummary:
+class OthersSummary(NamedTuple):
     """What came of the labels of one source; goes to metrics.json and events.jsonl."""
 
     source: str
@@ -74,6 +73,10 @@ class OthersSummary:
     """Calls that gave no answer, by role and reason."""
     cost: Cost
     """Of the answers behind these labels, whenever they were paid."""
+
+    def for_json(self) -> dict[str, Any]:
+        """All of it under names."""
+        return self._asdict() | {"cost": self.cost._asdict()}
 
 
 class Others:
@@ -117,7 +120,8 @@ class Others:
             judged = found.get(latent, _Judged(Outcome(latent, None, "untested"), None))
             at = judged.outcome.labelled_at
             columns = {"author": self._config.explainer.model, "date": at, "method": _json(method)}
-            rows.append(_row(source, judged, columns, {"cost": judged.outcome.cost._asdict()}))
+            columns["provenance"] = _json({"cost": judged.outcome.cost._asdict()})
+            rows.append(_row(source, judged, columns))
         return rows, _summary(source, rows, found.values())
 
     def shelved(self, labels: Sequence[ImportedLabel]) -> tuple[list[Row], OthersSummary]:
@@ -127,12 +131,7 @@ class Others:
         found = self._judge(source, texts, {}, {}) if self._ask is not None else self._by_words(texts)
         rows = []
         for label in labels:
-            columns = {"author": label.author, "date": label.date, "note": label.note}
-            columns["method"] = _json({"made by": label.method}) if label.method else None
-            provenance: dict[str, Any] = {"file": label.file, "line": label.line, "sha256": label.sha256}
-            if label.claimed:
-                provenance["claimed"] = label.claimed
-            rows.append(_row(source, found[label.latent], columns, provenance))
+            rows.append(_row(source, found[label.latent], imported_columns(label)))
         return rows, _summary(source, rows, found.values())
 
     # -- judging -----------------------------------------------------------------------------------------------------
@@ -251,14 +250,28 @@ def _chunks(latents: Sequence[int]) -> Iterator[Sequence[int]]:
     return (latents[i : i + _AT_ONCE] for i in range(0, len(latents), _AT_ONCE))
 
 
-def _row(source: str, judged: _Judged, columns: dict[str, Any], provenance: dict[str, Any]) -> Row:
+def imported_columns(label: ImportedLabel) -> dict[str, Any]:
+    """What labels.parquet says about where an imported label comes from."""
+    provenance: dict[str, Any] = {"file": label.file, "line": label.line, "sha256": label.sha256}
+    if label.claimed:
+        provenance["claimed"] = label.claimed
+    return {
+        "author": label.author,
+        "date": label.date,
+        "note": label.note,
+        "method": _json({"made by": label.method}) if label.method else None,
+        "provenance": _json(provenance),
+    }
+
+
+def _row(source: str, judged: _Judged, columns: dict[str, Any]) -> Row:
     outcome, tested = judged
     status = outcome.status
     if status == "labelled":
         status = "untested" if tested is None else "tested"
     if outcome.failures:
         columns["failures"] = _json(dict(outcome.failures))
-    return row(outcome.latent, source, outcome.label, status, **columns, **(tested or {}), provenance=_json(provenance))
+    return row(outcome.latent, source, outcome.label, status, **columns, **(tested or {}))
 
 
 def _summary(source: str, rows: Sequence[Row], judged: Iterable[_Judged]) -> OthersSummary:

@@ -9,6 +9,7 @@ from pipelines.collect import open_store
 from pipelines.config import RunConfig
 from pipelines.dictionaries import load_trained
 from pipelines.errors import RunError
+from pipelines.labels.gather import gather
 from pipelines.labels.in_model import InModel
 from pipelines.labels.settings import LabelSettings
 from pipelines.labels.stage import label_dictionary, read_token_table
@@ -28,6 +29,7 @@ def label(config: RunConfig, run: RunDir, ui: Reporter) -> dict[str, dict[str, A
     store = open_store(config, run)
     lm = LanguageModel(resolve_model(config.model), config.model)
     figures = {}
+    trouble = None
     for name in config.saes:
         dictionary = load_trained(run, name)
         warn_of_misfit(config, run, name, dictionary, lm, ui)
@@ -81,5 +83,11 @@ def label(config: RunConfig, run: RunDir, ui: Reporter) -> dict[str, dict[str, A
             except ValueError as error:
                 raise RunError(f"testing labels of {name} in the model: {error}") from error
         figures[name] = {f"label_{key}": value for key, value in found.items()}
+        gathered = gather(config, run, name, store, latents, dictionary, lm.token_strings(), ui)
+        figures[name] |= gathered.figures
+        trouble = trouble or gathered.trouble
+        run.drop_metrics(f"{name}.label_")
         run.update_metrics(name, figures[name])
+    if trouble is not None:
+        raise trouble
     return figures

@@ -30,6 +30,7 @@ FEATURES = pa.schema(
     [
         ("latent", pa.int32()),
         ("label", pa.string()),  # null unless `labelled`
+        ("label_source", pa.string()),  # whose label that is: predicate, or as in labels.parquet
         ("label_kind", pa.string()),  # token, word, previous, shape, position; "unlabelled"; "silent" = never fires
         ("labelled", pa.bool_()),
         ("candidate", pa.string()),  # the fitted rule in English, whether or not it passed

@@ -6,7 +6,7 @@ A label of a (latent, source) is never changed by importing again, unless that i
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,8 +25,6 @@ class Shelved(NamedTuple):
     n_known: int
     """Labels that were there already, word for word."""
     n_replaced: int
-    n_left_out: int
-    """Entries of the files that say themselves that they are no labels."""
     sources: tuple[str, ...]
 
 
@@ -59,6 +57,46 @@ def read_labels_of(
     return read_table(path, source, author or (name if kind == "human" else None), date), 0
 
 
+def merged(
+    there: Mapping[tuple[str, int], str | None],
+    labels: Sequence[ImportedLabel],
+    d_sae: int,
+    *,
+    replace: bool = False,
+) -> tuple[list[ImportedLabel], Shelved]:
+    """The labels that are to be written, and what that does. Those that are there stay.
+
+    Args:
+        there: texts by source and latent.
+        replace: take the new text where it differs.
+
+    Raises:
+        UsageError: a latent that the dictionary does not have, or a text that differs.
+    """
+    beyond = [label for label in labels if label.latent >= d_sae]
+    if beyond:
+        first = beyond[0]
+        raise UsageError(
+            f"{first.file}, line {first.line}: latent {first.latent} does not exist, the dictionary has {d_sae} "
+            f"(0 to {d_sae - 1}); {len(beyond)} labels are beyond it, and nothing was imported. Right file?"
+        )
+    known = [label for label in labels if there.get((label.source, label.latent)) == label.label]
+    new = [label for label in labels if there.get((label.source, label.latent)) != label.label]
+    differing = [label for label in new if (label.source, label.latent) in there]
+    if differing and not replace:
+        shown = "; ".join(
+            f"{label.file}, line {label.line}: latent {label.latent} is {there[label.source, label.latent]!r}, not "
+            f"{label.label!r}"
+            for label in differing[:MAX_PROBLEMS]
+        )
+        raise UsageError(
+            f"{len(differing)} labels of {differing[0].source} are there with another text, and nothing was imported: "
+            f"{shown}. Use another name for the source, or --replace"
+        )
+    sources = tuple(sorted({label.source for label in labels}))
+    return new, Shelved(len(new) - len(differing), len(known), len(differing), sources)
+
+
 class Shelf:
     """The imported labels of one dictionary."""
 
@@ -74,44 +112,18 @@ class Shelf:
         labels = [label for path in sorted(self._folder.glob("*.jsonl")) for label in _read(path)]
         return sorted(labels, key=lambda label: (label.source, label.latent))
 
-    def put(
-        self, labels: Sequence[ImportedLabel], d_sae: int, *, replace: bool = False, n_left_out: int = 0
-    ) -> Shelved:
-        """Add labels; those that are there stay, and other ones for the same latent and source are refused.
-
-        Args:
-            replace: take the new text where it differs.
+    def put(self, labels: Sequence[ImportedLabel], d_sae: int, *, replace: bool = False) -> Shelved:
+        """Add labels, as `merged` says.
 
         Raises:
-            UsageError: a latent that the dictionary does not have, or a text that differs; nothing is added then.
+            UsageError: see `merged`; nothing is added then.
         """
-        beyond = [label for label in labels if label.latent >= d_sae]
-        if beyond:
-            first = beyond[0]
-            raise UsageError(
-                f"{first.file}, line {first.line}: latent {first.latent} does not exist, the dictionary has {d_sae} "
-                f"(0 to {d_sae - 1}); {len(beyond)} labels are beyond it, and nothing was imported. Right file?"
-            )
         there = {(label.source, label.latent): label for label in self.all()}
-        differing = [new for new in labels if (old := there.get((new.source, new.latent))) and old.label != new.label]
-        if differing and not replace:
-            shown = "; ".join(
-                f"{new.file}, line {new.line}: latent {new.latent} is {there[new.source, new.latent].label!r}, not "
-                f"{new.label!r}"
-                for new in differing[:MAX_PROBLEMS]
-            )
-            raise UsageError(
-                f"{len(differing)} labels of {differing[0].source} are there with another text, and nothing was "
-                f"imported: {shown}. Use another name for the source, or --replace"
-            )
-        known = {key for new in labels if there.get(key := (new.source, new.latent))}
-        known -= {(new.source, new.latent) for new in differing}
-        fresh = [new for new in labels if (new.source, new.latent) not in known]
-        there |= {(new.source, new.latent): new for new in fresh}
-        sources = sorted({label.source for label in labels})
-        for source in sources:
+        new, done = merged({key: label.label for key, label in there.items()}, labels, d_sae, replace=replace)
+        there |= {(label.source, label.latent): label for label in new}
+        for source in done.sources:
             self._write(source, [label for (whose, _), label in sorted(there.items()) if whose == source])
-        return Shelved(len(fresh) - len(differing), len(known), len(differing), n_left_out, tuple(sources))
+        return done
 
     def _write(self, source: str, labels: Sequence[ImportedLabel]) -> None:
         lines = [json.dumps({**label._asdict(), "shelved": now()}, ensure_ascii=False) for label in labels]

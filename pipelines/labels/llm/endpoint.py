@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple
 
-from pipelines.errors import RunError
+from pipelines.errors import RunError, UsageError
 from pipelines.labels.llm.settings import EndpointConfig
 from pipelines.labels.llm.transport import Reply, TransportError, request
 
@@ -203,10 +203,10 @@ def keys_of(endpoints: Sequence[EndpointConfig], environment: Mapping[str, str])
     """The API keys of the endpoints, by variable.
 
     Raises:
-        RunError: a variable is not set.
+        UsageError: a variable is not set.
     """
     names = dict.fromkeys(e.api_key_env for e in endpoints if e.api_key_env)
     missing = [name for name in names if not environment.get(name)]
     if missing:
-        raise RunError(f"label.llm: the variable {', '.join(missing)} is not set: export it, with the API key in it")
+        raise UsageError(f"label.llm: the variable {', '.join(missing)} is not set: export it, with the API key in it")
     return {name: environment[name] for name in names}

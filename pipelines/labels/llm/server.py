@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from types import TracebackType
 
@@ -12,6 +13,27 @@ from pipelines.labels.llm.settings import ServeConfig
 from pipelines.labels.llm.transport import TransportError, request
 
 _POLL_S = 0.2
+_GRACE_S = 10.0
+_WATCH = f"""
+import os, signal, subprocess, sys, threading, time
+try:
+    server = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
+except OSError as error:
+    sys.exit(f"{{sys.argv[1]}}: {{error.strerror}}")
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def end():
+    sys.stdin.buffer.read()
+    os.killpg(0, signal.SIGTERM)
+    server.wait({_GRACE_S})
+def watch():
+    try:
+        end()
+    finally:
+        os.killpg(0, signal.SIGKILL)
+threading.Thread(target=watch, daemon=True).start()
+sys.exit(server.wait())
+"""
+"""Runs the server and ends it, with all that it started, when our end of the pipe closes: also when we are killed."""
 
 
 class Server:
@@ -27,7 +49,9 @@ class Server:
         command = [part.replace("{port}", str(port)) for part in config.command]
         try:
             # A process group of its own: vLLM starts further processes, which are to end as well.
-            self._process = subprocess.Popen(command, start_new_session=True, stdin=subprocess.DEVNULL)
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _WATCH, *command], start_new_session=True, stdin=subprocess.PIPE
+            )
         except OSError as error:
             raise RunError(f"label.llm.serve: {command[0]} cannot be started: {error}") from error
         try:
@@ -57,13 +81,13 @@ class Server:
 
     def close(self) -> None:
         """End the server and what it started."""
-        for how in (signal.SIGTERM, signal.SIGKILL):
-            try:
-                os.killpg(self._process.pid, how)
-                self._process.wait(10.0)
-            except (ProcessLookupError, subprocess.TimeoutExpired):
-                continue
-        self._process.poll()
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(_GRACE_S + 5.0)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
 
     def __enter__(self) -> "Server":
         return self
