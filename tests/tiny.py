@@ -14,6 +14,7 @@ DICTIONARY_FILES = {
     "dictionary.json",
     "features.parquet",
     "examples.parquet",
+    "labels.parquet",
     "README.md",
 }
 """What the export stage leaves."""

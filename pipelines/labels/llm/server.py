@@ -22,7 +22,8 @@ except OSError as error:
     sys.exit(f"{{sys.argv[1]}}: {{error.strerror}}")
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 def end():
-    sys.stdin.buffer.read()
+    while os.read(0, 1024):
+        pass
     os.killpg(0, signal.SIGTERM)
     server.wait({_GRACE_S})
 def watch():
@@ -31,7 +32,8 @@ def watch():
     finally:
         os.killpg(0, signal.SIGKILL)
 threading.Thread(target=watch, daemon=True).start()
-sys.exit(server.wait())
+code = server.wait()
+os._exit(code if code >= 0 else 128 - code)
 """
 """Runs the server and ends it, with all that it started, when our end of the pipe closes: also when we are killed."""
 
