@@ -178,7 +178,7 @@ def _bring(
     as_json: bool,
 ) -> None:
     """Every stage up to this one, from a config that is made here and kept in the run directory."""
-    quiet_libraries()
+    _quiet_libraries()
     import tempfile
 
     import yaml
@@ -212,7 +212,7 @@ def export(
             raise UsageError("--sae and --to go with --checkpoint: add it, or drop them")
         _execute(config, out, set_, as_json, ("export",))
         return
-    quiet_libraries()
+    _quiet_libraries()
     from pipelines.checkpoints import export_checkpoint
 
     opened = _open(config, out, set_ or [])
@@ -225,7 +225,7 @@ def export(
 def _execute(
     config: str, out: Path | None, overrides: list[str] | None, as_json: bool, stages: tuple[str, ...]
 ) -> None:
-    quiet_libraries()
+    _quiet_libraries()
     from rich.console import Console
 
     from pipelines.progress import ConsoleReporter
@@ -261,7 +261,7 @@ def _open(config: str, out: Path | None, overrides: list[str]) -> "Run":
     return open_run(loaded, out or Path("runs") / loaded.name)
 
 
-def quiet_libraries() -> None:
+def _quiet_libraries() -> None:
     """Libraries talk to developers; this command talks to its user."""
     import os
     import warnings
@@ -287,7 +287,7 @@ def publish(
     ] = False,
 ) -> None:
     """Upload dictionaries to the Hugging Face Hub, with their model cards, in one commit."""
-    quiet_libraries()
+    _quiet_libraries()
     from pipelines.hub import publish as upload
 
     url = upload(
@@ -315,7 +315,7 @@ def dashboards(
     """Write a dictionary's features and contexts for Neuronpedia or SAEDashboard."""
     if viewer not in ("neuronpedia", "saedashboard"):
         raise UsageError(f"--for must be neuronpedia or saedashboard, got {viewer!r}")
-    quiet_libraries()
+    _quiet_libraries()
     from datetime import UTC, datetime
 
     from pipelines.dashboards import Publication, write_neuronpedia, write_saedashboard
@@ -373,7 +373,7 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Tokens, bytes, hours and workers before anything starts; exit 1 if the disk is too small."""
-    quiet_libraries()
+    _quiet_libraries()
     from pipelines.plan import make_plan, plan_text, require_room
 
     opened = _open(config, out, set_ or [])

@@ -16,9 +16,9 @@ from pipelines.cli import (
     SetOption,
     TextOption,
     TokensOption,
+    _quiet_libraries,
     app,
     dictionary_stage,
-    quiet_libraries,
     told_plainly,
 )
 from pipelines.errors import UsageError
@@ -64,7 +64,7 @@ def label(
         return
     if config is None or source is None:
         raise UsageError("--import needs a run or dictionary folder to add labels to, and --source to say whose")
-    quiet_libraries()
+    _quiet_libraries()
     from rich.console import Console
 
     from pipelines.cluster.local import ray_scope

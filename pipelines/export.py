@@ -51,7 +51,8 @@ def export_dictionary(config: RunConfig, run: RunDir, name: str, ui: Reporter) -
         write_text(partial / "README.md", model_card(f"{config.name} / {name}", dictionary, metrics))
         if features is not None:
             shown = Dictionary.load(partial)
-            speller = speller_or_none(shown, ui, config.model) if examples.exists() else None
+            has_contexts = (partial / "examples.parquet").exists()
+            speller = speller_or_none(shown, ui, config.model) if has_contexts else None
             write_pages(shown, partial, partial / PAGES, title=f"{config.name} / {name}", speller=speller)
     return target
 

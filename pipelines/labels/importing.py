@@ -115,7 +115,7 @@ def _into_run(place: Place, labels: list[ImportedLabel], ui: Reporter, replace: 
         )
         run.update_metrics(name, gathered.figures)
         if run.dictionary(name).exists():
-            export_dictionary(place.run.config, run, name)
+            export_dictionary(place.run.config, run, name, ui)
     if gathered.trouble is not None:
         raise gathered.trouble
     return done

@@ -48,7 +48,9 @@ class OtherLabels:
 
     def __init__(self, tables: Path) -> None:
         file = tables / LABELS
-        self._table = pq.read_table(file).sort_by("latent") if file.exists() else None
+        # The dictionary's own rules have rows there too; those stand in features.parquet.
+        rules = [("source", "!=", "predicate")]
+        self._table = pq.read_table(file, filters=rules).sort_by("latent") if file.exists() else None
         self._latents = np.empty(0, np.int64) if self._table is None else self._table["latent"].to_numpy()
 
     def block(self, start: int, stop: int) -> list[list[dict[str, Any]]]:
