@@ -35,6 +35,7 @@ def complete(run, store):
     run.dir.labels("main").mkdir(parents=True)
     pq.write_table(FEATURES, run.dir.labels("main") / "features.parquet")
     pq.write_table(pa.table({"latent": [0]}), run.dir.labels("main") / "examples.parquet")
+    pq.write_table(pa.table({"latent": [0], "source": ["human:Ada"]}), run.dir.labels("main") / "labels.parquet")
     run.dir.update_metrics("main", {"label_share_labelled": 0.25})
     run.dir.update_metrics("mainly", {"fvu": 0.123})
     return run
