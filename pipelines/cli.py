@@ -1,16 +1,15 @@
 """The `sae` command: thin, one function per subcommand; heavy imports stay inside them so that --help is quick."""
 
-import functools
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipelines.errors import PipelineError, RunError, UsageError
-from pipelines.stores import StorePlace, has, place
+from pipelines import looking
+from pipelines.errors import RunError, UsageError
+from pipelines.terminal import JsonOption, quiet_libraries, told_plainly
 
 if TYPE_CHECKING:
     from pipelines.run import Run
@@ -32,47 +31,11 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. --set train.lr=5e-4. Repeatable."),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON; progress goes to stderr.")]
 
 
 def main() -> None:
     """Run the command line."""
     app()
-
-
-def told_plainly(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn a user's mistake or a failed stage into one message on stderr and an exit code, without a traceback."""
-
-    @functools.wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except PipelineError as error:
-            _stop(str(error), error.exit_code)
-        except (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
-            if error.filename is None:  # not a path that a user gave
-                raise
-            _stop(f"{error.filename}: {error.strerror}; check the path", 2)
-        except KeyboardInterrupt:
-            _stop("stopped; the same command continues from the last finished piece of work", 130)
-        except Exception as error:
-            if not _is_storage_error(error):
-                raise
-            from storage.errors import SpecMismatchError
-
-            _stop(str(error), 2 if isinstance(error, SpecMismatchError) else 1)
-
-    return wrapped
-
-
-def _is_storage_error(error: Exception) -> bool:
-    module = sys.modules.get("storage.errors")
-    return module is not None and isinstance(error, module.StorageError)
-
-
-def _stop(message: str, code: int) -> None:
-    print(f"sae: {message}", file=sys.stderr)
-    raise typer.Exit(code)
 
 
 # -- runs --------------------------------------------------------------------------------------------------------------
@@ -178,7 +141,7 @@ def _bring(
     as_json: bool,
 ) -> None:
     """Every stage up to this one, from a config that is made here and kept in the run directory."""
-    _quiet_libraries()
+    quiet_libraries()
     import tempfile
 
     import yaml
@@ -212,7 +175,7 @@ def export(
             raise UsageError("--sae and --to go with --checkpoint: add it, or drop them")
         _execute(config, out, set_, as_json, ("export",))
         return
-    _quiet_libraries()
+    quiet_libraries()
     from pipelines.checkpoints import export_checkpoint
 
     opened = _open(config, out, set_ or [])
@@ -225,7 +188,7 @@ def export(
 def _execute(
     config: str, out: Path | None, overrides: list[str] | None, as_json: bool, stages: tuple[str, ...]
 ) -> None:
-    _quiet_libraries()
+    quiet_libraries()
     from rich.console import Console
 
     from pipelines.progress import ConsoleReporter
@@ -261,17 +224,6 @@ def _open(config: str, out: Path | None, overrides: list[str]) -> "Run":
     return open_run(loaded, out or Path("runs") / loaded.name)
 
 
-def _quiet_libraries() -> None:
-    """Libraries talk to developers; this command talks to its user."""
-    import os
-    import warnings
-
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
-
-
 @app.command()
 @told_plainly
 def publish(
@@ -287,7 +239,7 @@ def publish(
     ] = False,
 ) -> None:
     """Upload dictionaries to the Hugging Face Hub, with their model cards, in one commit."""
-    _quiet_libraries()
+    quiet_libraries()
     from pipelines.hub import publish as upload
 
     url = upload(
@@ -315,7 +267,7 @@ def dashboards(
     """Write a dictionary's features and contexts for Neuronpedia or SAEDashboard."""
     if viewer not in ("neuronpedia", "saedashboard"):
         raise UsageError(f"--for must be neuronpedia or saedashboard, got {viewer!r}")
-    _quiet_libraries()
+    quiet_libraries()
     from datetime import UTC, datetime
 
     from pipelines.dashboards import Publication, write_neuronpedia, write_saedashboard
@@ -332,27 +284,6 @@ def dashboards(
     write = write_neuronpedia if viewer == "neuronpedia" else write_saedashboard
     write(folder, to, language_model_of(run_directory), publication)
     print(f"wrote {to}")
-
-
-@app.command()
-@told_plainly
-def pages(
-    path: Annotated[Path, typer.Argument(help="A dictionary folder with labels, or a run directory.")],
-    to: Annotated[Path | None, typer.Option(help="Folder for them; by default `pages` in the dictionary.")] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Whose tokenizer spells the contexts, if the dictionary does not say.")
-    ] = None,
-    sae: Annotated[str | None, typer.Option(help="Which SAE of a run; by default all.")] = None,
-) -> None:
-    """Write a dictionary's feature pages again: HTML that opens without a server."""
-    _quiet_libraries()
-    from rich.console import Console
-
-    from pipelines.pages.command import write_pages_of
-    from pipelines.progress import ConsoleReporter
-
-    for index in write_pages_of(path, ConsoleReporter(Console(stderr=True)), to=to, model=model, sae=sae):
-        print(f"wrote {index}")
 
 
 # -- looking -----------------------------------------------------------------------------------------------------------
@@ -373,7 +304,7 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Tokens, bytes, hours and workers before anything starts; exit 1 if the disk is too small."""
-    _quiet_libraries()
+    quiet_libraries()
     from pipelines.plan import make_plan, plan_text, require_room
 
     opened = _open(config, out, set_ or [])
@@ -382,68 +313,8 @@ def plan(
     require_room(made)
 
 
-@app.command()
-@told_plainly
-def info(
-    path: Annotated[str, typer.Argument(help="A store (also a URL), a dictionary or a run directory.")],
-    as_json: JsonOption = False,
-) -> None:
-    """What is this store, dictionary or run? Shapes, provenance, health."""
-    from pipelines.info import describe
-
-    facts = describe(place(path))
-    if as_json:
-        print(json.dumps(facts, indent=2, ensure_ascii=False))
-        return
-    for key, value in facts.items():
-        print(f"{key:<16} {value if not isinstance(value, dict | list) else json.dumps(value, ensure_ascii=False)}")
-
-
-@app.command()
-@told_plainly
-def verify(
-    store: Annotated[
-        str, typer.Argument(help="An activation store (also a URL), or a folder below latents/ of a run.")
-    ],
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Look at names and sizes only; do not re-read the data.")
-    ] = False,
-    repair: Annotated[
-        bool, typer.Option("--repair", help="Discard damaged shards, so that the next `sae collect` redoes them.")
-    ] = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Re-read and re-hash a store; exit 1 and a list of what is bad, or is to be redone."""
-    where = place(store)
-    if repair:
-        _repair(where, as_json)
-        return
-    from pipelines.info import store_problems
-
-    problems = store_problems(where, quick=quick)
-    if as_json:
-        print(json.dumps(problems, indent=2))
-    else:
-        for problem in problems:
-            print(f"{problem['file']}: {problem['detail']}")
-        sound = "every file is there, with its size" if quick else "every file is as it was committed"
-        print(f"{store}: {len(problems)} problems" if problems else f"{store}: {sound}")
-        sealed = has(where, "seal.json")  # if not, an uncommitted shard is only missing
-        if any(problem["shard"] is not None and (sealed or problem["kind"] != "not committed") for problem in problems):
-            print(f"`sae verify {store} --repair` discards the damaged shards, so that they can be redone")
-    if problems:
-        raise typer.Exit(1)
-
-
-def _repair(store: StorePlace, as_json: bool) -> None:
-    from dataclasses import asdict
-
-    from pipelines.repair import repair_store
-
-    done = repair_store(store)
-    print(json.dumps(asdict(done), indent=2) if as_json else "\n".join(done.lines(store)))
-    if done.problems:
-        raise typer.Exit(1)
+for _looks in (looking.info, looking.verify, looking.inspect, looking.pages):
+    app.command()(told_plainly(_looks))
 
 
 @app.command()

@@ -10,18 +10,16 @@ import typer
 from pipelines.cli import (
     DictionaryOption,
     HookOption,
-    JsonOption,
     ModelOption,
     OutOption,
     SetOption,
     TextOption,
     TokensOption,
-    _quiet_libraries,
     app,
     dictionary_stage,
-    told_plainly,
 )
 from pipelines.errors import UsageError
+from pipelines.terminal import JsonOption, quiet_libraries, told_plainly
 
 
 @app.command()
@@ -64,7 +62,7 @@ def label(
         return
     if config is None or source is None:
         raise UsageError("--import needs a run or dictionary folder to add labels to, and --source to say whose")
-    _quiet_libraries()
+    quiet_libraries()
     from rich.console import Console
 
     from pipelines.cluster.local import ray_scope

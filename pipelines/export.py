@@ -10,10 +10,10 @@ from pipelines.card import model_card
 from pipelines.collect import open_store
 from pipelines.config import RunConfig
 from pipelines.dictionaries import load_trained
-from pipelines.pages import PAGES, write_pages
+from pipelines.pages import write_pages
 from pipelines.pages.command import speller_or_none
 from pipelines.progress import Reporter
-from pipelines.rundir import RunDir, replacing_directory, write_text
+from pipelines.rundir import PAGES, RunDir, replacing_directory, write_text
 from sae import Dictionary
 from storage import LatentStore
 

@@ -13,13 +13,15 @@ def model_of(dictionary: Dictionary, given: str | None = None) -> ModelConfig:
     Raises:
         UsageError: neither says.
     """
-    recorded = dictionary.provenance.get("model") or {}
+    recorded = dictionary.provenance.get("model")
+    recorded = recorded if isinstance(recorded, dict) else {}
     source = given or recorded.get("source") or _name(dictionary)
     if source is None:
         raise UsageError("the dictionary does not say which model it belongs to: give --model")
     revision = None if given else recorded.get("revision")
     dtype = dictionary.provenance.get("dtype")
-    return ModelConfig(source=source, revision=revision, **({"dtype": dtype} if dtype and not given else {}))
+    precision = {"dtype": dtype} if dtype in ("bfloat16", "float16", "float32") else {}
+    return ModelConfig(source=source, revision=revision, **precision)
 
 
 def _name(dictionary: Dictionary) -> str | None:

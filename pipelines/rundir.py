@@ -22,6 +22,9 @@ import filelock
 
 from pipelines.errors import RunError
 
+PAGES = "pages"
+"""The folder of the feature pages inside a dictionary folder."""
+
 
 @dataclass(frozen=True)
 class RunDir:

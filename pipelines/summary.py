@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pipelines.run import Run
-from pipelines.rundir import read_json
+from pipelines.rundir import PAGES, read_json
 
 
 def summary(run: Run) -> dict[str, Any]:
@@ -87,7 +87,10 @@ def print_summary(run: Run, console: Console) -> None:
         console.print(table)
     console.print("look next:", style="bold")
     for name in figures["saes"]:
-        console.print(f"  {run.dir.dictionary(name)}  sae.Dictionary.load(...), features.parquet", highlight=False)
+        folder = run.dir.dictionary(name)
+        console.print(f"  {folder}  sae.Dictionary.load(...), features.parquet", highlight=False)
+        if (folder / PAGES / "index.html").exists():
+            console.print(f"  {folder / PAGES / 'index.html'}", highlight=False)
     for audit in figures["audits"].values():
         console.print(f"  {audit['report']}", highlight=False)
     console.print(f"  {run.dir.metrics_path}", highlight=False)

@@ -25,6 +25,7 @@ from sae.edits import Edit, Exclude, Excluded
 from sae.interop.saelens import SPARSITY
 from sae.matching import Matching, match
 from sae.search import Found, Neighbour
+from sae.showing import Shown, Text, show
 from sae.slicing import encode_latents, latent_index
 from sae.tapping import Tap, attach
 from sae.transcoder import Transcoder
@@ -261,6 +262,35 @@ class Dictionary:
             grad=grad,
             output_hook=self.output_hooks[0] if isinstance(self.sae, Transcoder) and self.output_hooks else None,
         )
+
+    def show(
+        self,
+        text: Text,
+        model: Any,
+        tokenizer: Any = None,
+        *,
+        n: int = 3,
+        labelled: bool = False,
+        max_tokens: int = 512,
+        hook_name: str | None = None,
+    ) -> Shown:
+        """The tokens of a text, each with the latents that fire most on it: a table, or colours in a notebook.
+
+        Nothing need be known of the dictionary but its hook; with a feature table latents have labels, and with feature
+        pages beside it links.
+
+        Args:
+            text: a text; chat messages, `[{"role": …, "content": …}, …]`, which go through the tokenizer's template; or
+                token ids. A BOS token is put in front of a text if the dictionary says that it was trained so.
+            tokenizer: of `transformers`; by default `model.tokenizer`.
+            n: latents a token.
+            labelled: only latents with a label.
+            max_tokens: read no further; what is left out is counted.
+            hook_name: as for `attach`.
+        Raises:
+            ValueError: there is no token in the text, no tokenizer or chat template, or the model does not fit.
+        """
+        return show(self, text, model, tokenizer, n=n, labelled=labelled, max_tokens=max_tokens, hook_name=hook_name)
 
     # ---- folders --------------------------------------------------------------------------------------------------
 

@@ -5,9 +5,9 @@ from pathlib import Path
 from pipelines.config import ModelConfig
 from pipelines.errors import RunError, UsageError
 from pipelines.origin import model_of, speller_of
-from pipelines.pages.write import PAGES, write_pages
+from pipelines.pages.write import write_pages
 from pipelines.progress import Reporter
-from pipelines.rundir import RunDir
+from pipelines.rundir import PAGES, RunDir
 from sae import Dictionary
 from sae.spelling import Speller
 

@@ -23,8 +23,6 @@ from sae import Dictionary
 from sae.search import Neighbour
 from sae.spelling import Speller
 
-PAGES = "pages"
-"""The folder of the pages inside a dictionary folder."""
 BLOCK = 64
 """Latents whose data are loaded together."""
 N_NEIGHBOURS = 10

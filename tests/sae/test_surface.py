@@ -65,7 +65,10 @@ def test_public_surface_is_pinned() -> None:
 
 
 def test_import_needs_torch_numpy_safetensors_and_jaxtyping_only() -> None:
-    foreign = "('pyarrow', 'transformers', 'ray', 'zarr', 'pydantic', 'scipy', 'pandas', 'storage', 'pipelines')"
+    foreign = (
+        *("pyarrow", "transformers", "ray", "zarr", "pydantic", "scipy", "pandas", "rich", "jinja2"),
+        *("storage", "pipelines"),
+    )
     code = f"import sae, sys; found = [m for m in {foreign} if m in sys.modules]; sys.exit(str(found) if found else 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
