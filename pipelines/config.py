@@ -344,6 +344,19 @@ class EvaluateConfig(Section):
     """Contexts a forward pass."""
     select: SelectConfig | None = None
     """Figures are over these tokens only, and over predictions made at them."""
+    n_resamples: int = Field(1000, ge=100)
+    """Bootstrap resamples of the documents behind every interval."""
+    probe_documents: int = Field(400, ge=0)
+    """Training documents that k-sparse probes are fitted to, and at most as many held-out ones that test them; 0 for
+    no probes. They need documents with a topic."""
+    probe_column: str = "topic"
+    """What the probes predict: a column of documents.parquet with a few different values."""
+    probe_exclude: tuple[str, ...] = ("Uncategorized",)
+    """Values of that column that say nothing: such documents are left out."""
+    concepts: tuple[str, ...] = ()
+    """Concepts whose absorption is measured besides that of the probes' topics: names or paths, as for audits."""
+    score_latents: int = Field(256, ge=0)
+    """Latents, drawn at random, whose input and output scores are computed; 0 for none."""
 
 
 class LabelConfig(Section):

@@ -55,14 +55,45 @@ def encode_texts(
         sink_norm: tokens whose norm is not below this are sinks; None counts every token but the first.
         prepend_bos: put the BOS token in front of every text, as the store did.
     """
+    rows: list[_Row] = [_empty(dictionary)] * len(texts)
+    n_cut = 0
+    for i, x, was_cut in counted_activations(
+        lm,
+        dictionary,
+        texts,
+        max_tokens=max_tokens,
+        sink_norm=sink_norm,
+        prepend_bos=prepend_bos,
+        batch_tokens=batch_tokens,
+    ):
+        rows[i] = _pool(dictionary, x)
+        n_cut += was_cut
+        if bar is not None:
+            bar.advance(1)
+    return _stack(rows, n_cut)
+
+
+def counted_activations(
+    lm: LanguageModel,
+    dictionary: Dictionary,
+    texts: Sequence[str],
+    *,
+    max_tokens: int,
+    sink_norm: float | None,
+    prepend_bos: bool = False,
+    batch_tokens: int = 2048,
+) -> Iterator[tuple[int, Tensor, bool]]:
+    """Each text's number, the dictionary's inputs at its counted tokens [n_counted, d_in], and whether it was cut.
+
+    Texts come in the order of their length; see `encode_texts` for the arguments.
+    """
     hook = dictionary.required_hook_name
     # As in collection: special tokens are ours to place.
     lead = [lm.tokenizer.bos_token_id] if prepend_bos else []
     encoded = [lead + lm.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
-    cut = sum(len(ids) > max_tokens for ids in encoded)
+    cut = [len(ids) > max_tokens for ids in encoded]
     encoded = [ids[:max_tokens] for ids in encoded]
     order = sorted(range(len(texts)), key=lambda i: len(encoded[i]))
-    rows: list[_Row] = [_empty(dictionary)] * len(texts)
     for batch in _batches(order, [len(ids) for ids in encoded], batch_tokens):
         # Right padding: causal attention keeps it from the real tokens, and the mask keeps it from the pools.
         width = max(max(len(encoded[i]) for i in batch), 2)
@@ -78,10 +109,7 @@ def encode_texts(
         if sink_norm is not None:
             counted &= captured[hook].float().cpu().norm(dim=-1) < sink_norm
         for j, i in enumerate(batch):
-            rows[i] = _pool(dictionary, x[j][counted[j]])
-        if bar is not None:
-            bar.advance(len(batch))
-    return _stack(rows, cut)
+            yield i, x[j][counted[j]], cut[i]
 
 
 def pool_documents(

@@ -398,7 +398,8 @@ def _hours(
             for name in config.saes
             if config.train is not None
         ]
-        spliced = 4 * config.evaluate.n_ce_tokens * len(config.saes) / rates["whole model"]
+        # One clean pass and three ablations for all, two splices an SAE.
+        spliced = (4 + 2 * len(config.saes)) * config.evaluate.n_ce_tokens / rates["whole model"]
         # Encoding is the forward third of a training step.
         per_token = [1 / rates[f"train {name}"] / 3 for name in config.saes if f"train {name}" in rates]
         encoding = sum(per_token) * config.collect.n_tokens if per_token else None

@@ -207,6 +207,10 @@ def validate(run: Run, stages: list[str]) -> None:
         from pipelines.audit.run import load_concepts
 
         load_concepts(run.config)
+    if "evaluate" in stages and run.config.evaluate.concepts:
+        from pipelines.evaluate import concept_texts
+
+        concept_texts(run.config)
     if "collect" in stages:
         from pipelines.collect import hook_widths
         from pipelines.models import pick_device, resolve_model
@@ -265,7 +269,7 @@ def _results(run: Run, stage: str, figures: Any) -> list[Path]:
 
             return [file for name in names for file in dictionary_files(run.dir.trained(name))]
         case "evaluate":
-            return [run.dir.metrics_path]
+            return [run.dir.metrics_path, run.dir.evaluation_path]
         case "label":
             return [run.dir.labels(name) / "features.parquet" for name in names if run.config.label.enabled]
         case "export":

@@ -43,6 +43,11 @@ class RunDir:
         return self.path / "metrics.json"
 
     @property
+    def evaluation_path(self) -> Path:
+        """The evaluation's figures with intervals, definitions and details."""
+        return self.path / "evaluation.json"
+
+    @property
     def store_path(self) -> Path:
         """The activation store, unless the config names a shared one."""
         return self.path / "activations"

@@ -149,7 +149,11 @@ class SAE(nn.Module, ABC):
             x: what was encoded; only an SAE with `token_norm` needs it, to undo the normalisation of each token.
         Raises: ValueError if such an SAE gets no `x`.
         """
-        x_hat = latent_acts.to(self.W_dec.dtype) @ self.W_dec + self.b_dec
+        return self._denormalised(latent_acts.to(self.W_dec.dtype) @ self.W_dec + self.b_dec, x)
+
+    def _denormalised(
+        self, x_hat: Float[Tensor, "*batch d_out"], x: Float[Tensor, "*batch d_in"] | None
+    ) -> Float[Tensor, "*batch d_out"]:
         if self.token_norm == "none":
             return x_hat
         if x is None:
@@ -159,6 +163,24 @@ class SAE(nn.Module, ABC):
             )
         scale = token_scale(x.to(self.W_dec.dtype), self.token_norm)
         return x_hat * scale.multiplier + scale.shift
+
+    def decode_sparse(
+        self, latents: SparseLatents, n_tokens: int, x: Float[Tensor, "n_tokens d_in"] | None = None
+    ) -> Float[Tensor, "n_tokens d_out"]:
+        """`decode` of sparse latent activations in row-major order: a weighted sum of a few decoder rows per token.
+
+        Args:
+            x: see `decode`.
+        """
+        counts = torch.bincount(latents.row, minlength=n_tokens)
+        x_hat = self.b_dec + nn.functional.embedding_bag(
+            latents.latent,
+            self.W_dec,
+            counts.cumsum(0) - counts,
+            per_sample_weights=latents.value.to(self.W_dec.dtype),
+            mode="sum",
+        )
+        return self._denormalised(x_hat, x)
 
     def output_scale(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch 1"] | float:
         """What a change of latents times `W_dec` is multiplied by in the output; 1 without `token_norm`."""

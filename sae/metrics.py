@@ -130,3 +130,81 @@ class ActivationFrequency:
         edges = torch.linspace(lowest, 0, n_bins + 1, dtype=torch.float64)
         index = torch.bucketize(log10, edges[1:-1], right=True)
         return Histogram(torch.bincount(index, minlength=n_bins).tolist(), edges.tolist())
+
+
+class Reconstruction:
+    """How close reconstructions are, as sums over groups of tokens, such as documents, that can be resampled later.
+
+        fvu           = Σ‖x − x_hat‖² / Σ‖x − mean‖²
+        mse           = mean of ‖x − x_hat‖², summed over dimensions
+        cosine        = mean of cos(x, x_hat); 0 for a reconstruction that is zero
+        norm_ratio    = mean of ‖x_hat‖ / ‖x‖
+        relative_bias = Σ‖x_hat‖² / Σ⟨x, x_hat⟩      below 1: shrinkage (Rajamanoharan et al. 2024, 2404.16014, eq. 10)
+        l0            = mean number of nonzero latents
+
+    Sums are float64 and taken about a centre near the mean, so that a large mean costs no digits. Memory: n_groups rows
+    of d + 8 numbers, whatever the number of tokens.
+
+    Args:
+        centre: any point near the mean of x, (d,).
+        n_groups: groups are numbered from 0.
+    """
+
+    COLUMNS = ("n", "error", "square", "cosine", "norm_ratio", "hat_square", "inner", "active")
+
+    def __init__(self, centre: Float[Tensor, " d"], n_groups: int = 1) -> None:
+        self._centre = centre.double()
+        self.sums: Float[Tensor, "n_groups n_columns"] = torch.zeros(
+            n_groups, len(self.COLUMNS), dtype=torch.float64, device=centre.device
+        )
+        self.vectors: Float[Tensor, "n_groups d"] = torch.zeros(
+            n_groups, len(centre), dtype=torch.float64, device=centre.device
+        )
+
+    @torch.no_grad()
+    def update(
+        self,
+        x: Float[Tensor, "n d"],
+        x_hat: Float[Tensor, "n d"],
+        n_active: Int[Tensor, " n"],
+        group: Int[Tensor, " n"],
+    ) -> None:
+        """Add tokens, their reconstructions, their numbers of nonzero latents, and the groups that they belong to."""
+        x, x_hat = x.double(), x_hat.double()
+        centred, tiny = x - self._centre, torch.finfo(torch.float64).tiny
+        norm, hat_norm, inner = x.norm(dim=1), x_hat.norm(dim=1), (x * x_hat).sum(dim=1)
+        columns = (
+            torch.ones_like(norm),
+            (x - x_hat).square().sum(dim=1),
+            centred.square().sum(dim=1),
+            inner / (norm * hat_norm).clamp_min(tiny),
+            hat_norm / norm.clamp_min(tiny),
+            hat_norm.square(),
+            inner,
+            n_active.double(),
+        )
+        self.sums.index_add_(0, group, torch.stack(columns, dim=1))
+        self.vectors.index_add_(0, group, centred)
+
+    def compute(self, weights: Float[Tensor, "n_resamples n_groups"] | None = None) -> dict[str, Tensor]:
+        """The figures over all groups, or over each resample of them; NaN where nothing varies or nothing is there.
+
+        Args:
+            weights: how often each group is in each resample, float64.
+        Returns: figures by name, (n_resamples,); one resample without weights.
+        """
+        if weights is None:
+            weights = self.sums.new_ones(1, len(self.sums))
+        total = dict(zip(self.COLUMNS, (weights @ self.sums).unbind(dim=1), strict=True))
+        n = total["n"]
+        variance = total["square"] - (weights @ self.vectors).square().sum(dim=1) / n
+        # Cancellation leaves rounding errors where all tokens are equal.
+        variance = torch.where(variance > 1e-12 * total["square"], variance, torch.nan)
+        return {
+            "fvu": total["error"] / variance,
+            "mse": total["error"] / n,
+            "cosine": total["cosine"] / n,
+            "norm_ratio": total["norm_ratio"] / n,
+            "relative_bias": total["hat_square"] / total["inner"],
+            "l0": total["active"] / n,
+        }

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipelines.config import EvaluateConfig, ModelConfig, SinkConfig
 from pipelines.selection import Selection, kept
-from sae import FVU, L0, SAE, ActivationFrequency, Dictionary, Normaliser, SparseLatents
+from sae import FVU, L0, SAE, ActivationFrequency, Dictionary, Normaliser
 from storage import ActivationStore
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Heldout:
             raw = [part[low : low + step].to(device) for part in self._parts]
             x, _ = sae.input_and_target([n.apply(part) for n, part in zip(normalisers, raw, strict=True)])
             latents = sae.encode_sparse(x)
-            x_hat = decoded(sae, latents, len(x)) + sae.bypass(x)
+            x_hat = sae.decode_sparse(latents, len(x), x) + sae.bypass(x)
             fvu.update(sae.input_and_target(raw)[1], x_hat / scale + shift)
             l0.update(latents, len(x))
             frequency.update(latents, len(x))
@@ -77,15 +77,6 @@ class Heldout:
             "heldout_dead_share": frequency.dead_share(),
             "heldout_n_tokens": n_tokens,
         }
-
-
-def decoded(sae: SAE, latents: SparseLatents, n_tokens: int) -> Float[Tensor, "n_tokens d_out"]:
-    """`sae.decode` of sparse latent activations: a weighted sum of a few decoder rows for each token."""
-    counts = torch.bincount(latents.row, minlength=n_tokens)
-    sums = torch.nn.functional.embedding_bag(
-        latents.latent, sae.W_dec, counts.cumsum(0) - counts, per_sample_weights=latents.value, mode="sum"
-    )
-    return sums + sae.b_dec
 
 
 @dataclass
@@ -107,7 +98,7 @@ class Splicing:
     def figures(self, sae: SAE, hooks: tuple[str, ...]) -> dict[str, Any]:
         """`heldout_ce_loss_score` and the like of an SAE of raw activations, as `evaluate` defines them; none for
         crosscoders."""
-        from pipelines.evaluate import evaluate_splice
+        from pipelines.evaluation import evaluate_splice
         from pipelines.progress import SilentReporter
 
         dictionary = Dictionary(sae, hook_names=hooks).to(self._lm.device)

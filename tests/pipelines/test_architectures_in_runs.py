@@ -12,7 +12,7 @@ from pipelines.config import _SETTINGS, EvaluateConfig, RunConfig, SAESpec
 from pipelines.dictionaries import load_trained, stored_input
 from pipelines.encode import encode_texts, pool_documents
 from pipelines.errors import UsageError
-from pipelines.evaluate import evaluate_reconstruction, evaluate_splice
+from pipelines.evaluation import evaluate_reconstruction, evaluate_splice
 from pipelines.latents import compute_latents
 from pipelines.models import LanguageModel
 from pipelines.progress import SilentReporter

@@ -7,7 +7,8 @@ from dictionaries import perfect_dictionary, random_dictionary, zero_dictionary
 
 from pipelines.config import EvaluateConfig, ModelConfig
 from pipelines.dictionaries import load_trained
-from pipelines.evaluate import evaluate, evaluate_reconstruction, evaluate_splice, recovered
+from pipelines.evaluate import evaluate
+from pipelines.evaluation import evaluate_reconstruction, evaluate_splice, recovered
 from pipelines.models import LanguageModel
 from pipelines.progress import SilentReporter
 

@@ -9,7 +9,7 @@ import torch
 
 from pipelines.config import EvaluateConfig, RunConfig, SinkConfig
 from pipelines.dictionaries import load_trained
-from pipelines.evaluate import evaluate_reconstruction, evaluate_splice
+from pipelines.evaluation import evaluate_reconstruction, evaluate_splice
 from pipelines.models import LanguageModel, resolve_model
 from pipelines.progress import SilentReporter
 from pipelines.run import Run, stage_sections
@@ -17,7 +17,7 @@ from pipelines.rundir import RunDir
 from pipelines.train import EVALUATE_EVERY, make_job
 from pipelines.train_worker import train_worker
 from pipelines.training.calibration import starting_sample
-from pipelines.training.heldout import SPLICED_FIGURES, Heldout, decoded
+from pipelines.training.heldout import SPLICED_FIGURES, Heldout
 from sae import (
     BatchTopKConfig,
     CrosscoderConfig,
@@ -74,9 +74,11 @@ def test_sparse_decoding_is_the_dense_one() -> None:
     sae = build(TopKConfig(d_in=16, d_sae=64, k=4), seed=0)
     x = torch.randn(33, 16, generator=torch.Generator().manual_seed(0))
     x[7] = -1e6 * sae.W_enc.detach().sum(dim=1)  # a token without an active latent, or with few
-    torch.testing.assert_close(decoded(sae, sae.encode_sparse(x), 33), sae.decode(sae.encode(x)), rtol=1e-5, atol=1e-2)
+    torch.testing.assert_close(
+        sae.decode_sparse(sae.encode_sparse(x), 33), sae.decode(sae.encode(x)), rtol=1e-5, atol=1e-2
+    )
     nothing = SparseLatents(*(torch.zeros(0, dtype=dtype) for dtype in (torch.int64, torch.int64, torch.float32)))
-    assert torch.equal(decoded(sae, nothing, 3), sae.b_dec.expand(3, -1))
+    assert torch.equal(sae.decode_sparse(nothing, 3), sae.b_dec.expand(3, -1))
 
 
 def trained(collected: Run, store: ActivationStore, out: Path, **train: Any) -> tuple[list[dict[str, Any]], RunDir]:

@@ -16,7 +16,8 @@ from pipelines.config import RunConfig
 from pipelines.documents import documents_of
 from pipelines.encode import pool_documents
 from pipelines.errors import RunError, UsageError
-from pipelines.evaluate import evaluate, evaluate_reconstruction, evaluate_splice
+from pipelines.evaluate import evaluate
+from pipelines.evaluation import evaluate_reconstruction, evaluate_splice
 from pipelines.labels.run import label
 from pipelines.labels.stage import read_token_table
 from pipelines.progress import SilentReporter

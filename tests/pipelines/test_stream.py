@@ -17,7 +17,7 @@ from pipelines.collect import Harvester, open_store, prepare_store
 from pipelines.config import RunConfig
 from pipelines.encode import pool_documents
 from pipelines.errors import RunError, UsageError
-from pipelines.evaluate import evaluate_reconstruction
+from pipelines.evaluation import evaluate_reconstruction
 from pipelines.latents import compute_latents
 from pipelines.progress import SilentReporter
 from pipelines.rundir import RunDir

@@ -11,7 +11,7 @@ from command_line import Driver, FinishedRun, must, sae, same_outcome, sentence
 
 from pipelines.collect import open_store
 from pipelines.configio import load_config
-from pipelines.evaluate import evaluate_reconstruction
+from pipelines.evaluation import evaluate_reconstruction
 from pipelines.progress import SilentReporter
 from pipelines.run import STAGES
 from pipelines.rundir import RunDir

@@ -1,7 +1,9 @@
+import numpy as np
 import pytest
 import torch
 
 from sae import FVU, L0, ActivationFrequency, SparseLatents
+from sae.metrics import Reconstruction
 
 
 def fvu_of(x: torch.Tensor, x_hat: torch.Tensor, n_batches: int = 1) -> float:
@@ -95,3 +97,66 @@ def test_activation_frequency_refuses_sparse_latents_without_their_tokens_and_no
         ActivationFrequency(4).update(sparse(LATENTS))
     with pytest.raises(ValueError, match="ActivationFrequency needs at least one token"):
         ActivationFrequency(4).compute()
+
+
+# -- reconstruction ----------------------------------------------------------------------------------------------------
+
+
+def reconstruction_of(x: torch.Tensor, x_hat: torch.Tensor, n_batches: int = 1) -> dict[str, float]:
+    metric = Reconstruction(x.double().mean(0) + 3)  # a centre that is only near the mean
+    active = torch.arange(len(x)) % 4
+    parts = (part.chunk(n_batches) for part in (x, x_hat, active))
+    for a, b, n in zip(*parts, strict=True):
+        metric.update(a, b, n, torch.zeros(len(a), dtype=torch.long))
+    return {name: float(value) for name, value in metric.compute().items()}
+
+
+def test_a_perfect_reconstruction_has_every_figure_at_its_end() -> None:
+    found = reconstruction_of(DATA, DATA)
+    assert found["fvu"] == found["mse"] == 0
+    for name in ("cosine", "norm_ratio", "relative_bias"):
+        assert found[name] == pytest.approx(1, abs=1e-12)
+    assert found["l0"] == 1.5
+
+
+def test_predicting_the_mean_explains_nothing_and_is_not_shrunk() -> None:
+    found = reconstruction_of(DATA, DATA.double().mean(0).expand(DATA.shape))
+    assert found["fvu"] == pytest.approx(1, abs=1e-9)
+    assert found["relative_bias"] == pytest.approx(1, abs=1e-9)
+
+
+def test_a_reconstruction_of_half_length_is_half() -> None:
+    found = reconstruction_of(DATA, DATA / 2)
+    assert found["norm_ratio"] == found["relative_bias"] == pytest.approx(0.5)
+    assert found["cosine"] == pytest.approx(1)
+
+
+def test_reconstruction_figures_do_not_depend_on_batches() -> None:
+    x_hat = DATA + torch.randn(DATA.shape, generator=torch.Generator().manual_seed(1))
+    assert reconstruction_of(DATA, x_hat, 10) == pytest.approx(reconstruction_of(DATA, x_hat), rel=1e-10)
+    assert reconstruction_of(DATA, x_hat)["fvu"] == pytest.approx(fvu_of(DATA, x_hat), rel=1e-9)
+
+
+def test_scaling_activations_scales_the_squared_error_and_nothing_else() -> None:
+    x_hat = DATA + torch.randn(DATA.shape, generator=torch.Generator().manual_seed(1))
+    one, eight = reconstruction_of(DATA, x_hat), reconstruction_of(8 * DATA, 8 * x_hat)
+    assert eight.pop("mse") == pytest.approx(64 * one.pop("mse"))
+    assert eight == pytest.approx(one, rel=1e-6)
+
+
+def test_resampled_groups_are_the_groups_said_more_often() -> None:
+    x = torch.randn(60, 5, generator=torch.Generator().manual_seed(2))
+    x_hat, active, group = x * 0.9 + 0.1, torch.arange(60) % 7, torch.arange(60) % 3
+    metric = Reconstruction(torch.zeros(5), n_groups=4)
+    metric.update(x, x_hat, active, group)
+    drawn = metric.compute(torch.tensor([[1.0, 0, 0, 0], [2.0, 0, 1, 0]], dtype=torch.float64))
+    for row, groups in enumerate(([0], [0, 0, 2])):
+        rows = torch.cat([(group == g).nonzero()[:, 0] for g in groups])
+        alone = Reconstruction(torch.zeros(5))
+        alone.update(x[rows], x_hat[rows], active[rows], torch.zeros(len(rows), dtype=torch.long))
+        for name, value in alone.compute().items():
+            assert float(drawn[name][row]) == pytest.approx(float(value)), name
+
+
+def test_a_reconstruction_of_what_does_not_vary_has_no_fvu() -> None:
+    assert np.isnan(reconstruction_of(torch.ones(9, 4), torch.ones(9, 4))["fvu"])
