@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from pipelines.audit.concepts import Concept, examples_of
 from pipelines.encode import counted_activations
+from pipelines.errors import UsageError
 from pipelines.evaluation.absorption import Absorbed, absorption
 from pipelines.evaluation.pools import Pool
 from pipelines.evaluation.probes import fit_dense_probes, stratified_folds
@@ -28,8 +29,17 @@ class ConceptTexts:
 
     @classmethod
     def of(cls, concept: Concept) -> "ConceptTexts":
-        """The examples of a concept file that has its own."""
-        examples = examples_of(concept)
+        """The examples of a concept file that has its own, but for those out of distribution.
+
+        Raises:
+            UsageError: they are chats.
+        """
+        examples = [example for example in examples_of(concept) if not example.ood]
+        if any(example.messages is not None for example in examples):
+            raise UsageError(
+                f"evaluate.concepts: {concept.name} holds chats, but absorption is measured on texts: drop it, or give "
+                "a concept with texts"
+            )
         return cls(
             tuple(example.text for example in examples),
             np.array([example.positive for example in examples]),

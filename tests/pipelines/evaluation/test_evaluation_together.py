@@ -175,7 +175,7 @@ def test_absorption_of_a_concept_of_ones_own(store: ActivationStore, lm: Languag
     rng = np.random.default_rng(0)
 
     def texts(topic: str) -> list[str]:
-        return [" ".join(rng.choice([*TOPICS[topic], *COMMON], size=12)) for _ in range(40)]
+        return [" ".join(rng.choice(TOPICS[topic] * 2 + COMMON, size=25)) for _ in range(40)]
 
     concept = concept_from_dict({"name": "chess", "positives": texts("chess"), "negatives": texts("rivers")})
     found = evaluated(
@@ -185,9 +185,17 @@ def test_absorption_of_a_concept_of_ones_own(store: ActivationStore, lm: Languag
         concepts={"chess": ConceptTexts.of(concept)},
     )
     detail = found.details["concept_absorption"]["chess"]
-    assert detail["probe_f1"] > 0.8
+    assert isinstance(detail, dict), detail
+    assert detail["probe_f1"] > 0.7
     assert 5 <= detail["n_documents"] <= 20
     assert 0 <= found.figures["concept_absorption_fraction"].value <= 1
+
+
+def test_a_concept_of_chats_is_refused() -> None:
+    chats = [{"messages": [{"role": "user", "content": f"text {i}"}]} for i in range(80)]
+    concept = concept_from_dict({"name": "c", "positives": chats[:40], "negatives": chats[40:]})
+    with pytest.raises(ValueError, match=r"evaluate.concepts: c holds chats, but absorption is measured on texts"):
+        ConceptTexts.of(concept)
 
 
 def test_texts_of_a_group_stay_on_one_side() -> None:
