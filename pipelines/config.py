@@ -392,6 +392,8 @@ class AuditConfig(Section):
     """Latents that go on from discovery to confirmation."""
     max_tokens: int = Field(256, gt=0)
     """Longest example, in tokens; longer ones are cut and counted."""
+    corpus_negatives: int = Field(80, ge=0)
+    """Beginnings of held-out documents that are added to the examples of concept files, as easy negatives."""
     select: SelectConfig | None = None
     """Documents of the corpus count with these tokens only; the texts of concept files are plain."""
 

@@ -65,6 +65,16 @@ def dense_logistic(
     return x @ weights  # type: ignore[no-any-return]
 
 
+def probe_direction(
+    fit: Float[np.ndarray, "n_fit d_in"], fit_labels: Bool[np.ndarray, " n_fit"]
+) -> tuple[Float[np.ndarray, " d_in"], float]:
+    """Weights of raw activations and bias of `dense_logistic`'s probe; it finds what x @ weights + bias > 0."""
+    fit = fit.astype(np.float64)
+    mean, scale = _scale(fit)
+    weights, bias = logistic((fit - mean) / scale, fit_labels)
+    return weights / scale, bias - float(mean @ (weights / scale))
+
+
 def logistic(
     x: Float[np.ndarray, "n d"], labels: Bool[np.ndarray, " n"], *, penalty: float = PENALTY
 ) -> tuple[Float[np.ndarray, " d"], float]:
@@ -120,5 +130,9 @@ def _standardised(
 ) -> tuple[Float[np.ndarray, "n_fit d_in"], Float[np.ndarray, "n_texts d_in"]]:
     """Both in units of the fitting texts' standard deviation, divided by sqrt(d_in): rows of about unit length."""
     fit, x = fit.astype(np.float64), x.astype(np.float64)
-    mean, scale = fit.mean(axis=0), np.maximum(fit.std(axis=0), 1e-12) * np.sqrt(fit.shape[1])
+    mean, scale = _scale(fit)
     return (fit - mean) / scale, (x - mean) / scale
+
+
+def _scale(fit: Float[np.ndarray, "n_fit d_in"]) -> tuple[Float[np.ndarray, " d_in"], Float[np.ndarray, " d_in"]]:
+    return fit.mean(axis=0), np.maximum(fit.std(axis=0), 1e-12) * np.sqrt(fit.shape[1])

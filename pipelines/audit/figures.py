@@ -16,7 +16,14 @@ from pipelines.audit.statistics import auroc
 
 INK, MUTED, GRID = "#1f2933", "#7b8794", "#e6e8eb"
 DETECTS, ASSOCIATED, OTHER, NULL = "#0b7285", "#c77700", "#9aa5b1", "#eceff2"
-COLOUR = {"detects": DETECTS, "associated": ASSOCIATED, "not_confirmed": OTHER}
+COLOUR = {
+    "not_confirmed": OTHER,
+    "mentioned": OTHER,
+    "associated": ASSOCIATED,
+    "detects": DETECTS,
+    "robust": DETECTS,
+    "causal": DETECTS,
+}
 DRAWN = 6000  # latents drawn at most: those with the largest |z|, and every n-th of the others
 
 
@@ -32,7 +39,8 @@ def figures(result: AuditResult) -> dict[str, dict[str, Any]]:
 def best_candidate(result: AuditResult) -> Candidate | None:
     """The verdict's latent, or the candidate with the largest z on the discover half if nothing was confirmed."""
     if result.verdict.latent is not None:
-        return next(c for c in result.candidates if c.latent == result.verdict.latent)
+        named = (result.verdict.dictionary, result.verdict.latent)
+        return next(c for c in result.candidates if (c.dictionary, c.latent) == named)
     return max(result.candidates, key=lambda c: c.discover_z, default=None)
 
 
@@ -60,9 +68,12 @@ def _all_latents(result: AuditResult) -> dict[str, Any]:
     keep = np.zeros(area.size, dtype=bool)
     keep[np.argsort(-np.abs(z))[: DRAWN // 2]] = True
     keep[:: max(1, math.ceil(area.size / (DRAWN // 2)))] = True
-    claims = {c.latent: c.claim for c in result.candidates}
-    labels = {c.latent: c.label for c in result.candidates}
-    plain = keep & ~np.isin(found.latent, list(claims))
+    names_of = [str(d.get("name", "main")) for d in result.dictionaries]
+    spots = [(names_of[v], latent) for v, latent in zip(found.dictionary, found.latent, strict=True)]
+    place = {spot: i for i, spot in enumerate(spots)}
+    candidates = [(place[c.dictionary, c.latent], c) for c in result.candidates]
+    plain = keep.copy()
+    plain[[i for i, _ in candidates]] = False
     # Null sd of an AUROC when a share 1 - f of the texts is tied at zero: the tie correction of its variance.
     share = np.linspace(0.0, 1.0, 101)
     sd = np.sqrt((n_pos + n_neg + 1) / (12 * n_pos * n_neg) * (1 - (1 - share) ** 3))
@@ -88,21 +99,26 @@ def _all_latents(result: AuditResult) -> dict[str, Any]:
             "name": "latents",
         },
     ]
-    names = {"not_confirmed": "candidate, not confirmed", "associated": "associated", "detects": "detects"}
-    place = {latent: i for i, latent in enumerate(found.latent)}
+    names = {
+        "not_confirmed": "candidate, not confirmed",
+        "mentioned": "named so, not confirmed",
+        "associated": "associated",
+        "detects": "detects",
+        "robust": "robust",
+    }
     for claim, name in names.items():
-        chosen = [latent for latent, c in claims.items() if c == claim]
+        chosen = [(i, c) for i, c in candidates if c.claim == claim]
         if chosen:
             data.append(
                 {
-                    "x": [fires[place[latent]] for latent in chosen],
-                    "y": [area[place[latent]] for latent in chosen],
-                    "text": [f"latent {k}  {html.escape(short(labels[k]), quote=False)}" for k in chosen],
+                    "x": [fires[i] for i, _ in chosen],
+                    "y": [area[i] for i, _ in chosen],
+                    "text": [f"latent {c.latent}  {html.escape(short(c.label), quote=False)}" for _, c in chosen],
                     "mode": "markers",
                     "marker": {
                         "size": 9,
-                        "color": COLOUR[claim] if claim != "not_confirmed" else "#ffffff",
-                        "line": {"width": 1.5, "color": COLOUR[claim] if claim != "not_confirmed" else INK},
+                        "color": COLOUR[claim] if COLOUR[claim] != OTHER else "#ffffff",
+                        "line": {"width": 1.5, "color": COLOUR[claim] if COLOUR[claim] != OTHER else INK},
                     },
                     "hovertemplate": "%{text}<br>AUROC %{y:.2f}<extra></extra>",
                     "name": name,
@@ -170,7 +186,9 @@ def _roc(result: AuditResult, best: Candidate) -> dict[str, Any]:
     curves = [(f"latent {best.latent}", np.array(best.scores)[confirm], COLOUR[best.claim], "solid", 3.0)]
     style = {"dense_logistic": (INK, "solid"), "bag_of_words": (MUTED, "dash")}
     curves += [
-        (b.title, np.array(b.scores), *style[b.name], 1.5) for b in result.baselines if b.name in style
+        (b.title, np.array([b.scores[i] for i in np.flatnonzero(confirm)], dtype=float), *style[b.name], 1.5)
+        for b in result.baselines
+        if b.name in style
     ]  # fmt: skip
     data: list[dict[str, Any]] = []
     for name, scores, colour, dash, width in curves:

@@ -11,8 +11,14 @@ from pipelines.audit.figures import best_candidate, figures, short
 from pipelines.audit.result import AuditResult, Candidate, ExampleRecord
 
 SHOWN = 5  # examples per list
-BADGE = {"detects": "Detects", "associated": "Associated", "nothing_found": "Nothing found"}
-CLAIM = {"detects": "detects", "associated": "associated", "not_confirmed": "not confirmed"}
+BADGE = {"robust": "Robust", "detects": "Detects", "associated": "Associated", "nothing_found": "Nothing found"}
+CLAIM = {
+    "robust": "robust",
+    "detects": "detects",
+    "associated": "associated",
+    "mentioned": "mentioned",
+    "not_confirmed": "not confirmed",
+}
 
 
 def render_report(result: AuditResult) -> str:

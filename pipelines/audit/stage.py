@@ -1,10 +1,12 @@
-"""Audit one concept: manifest, discover, confirm, baselines, verdict; writes audit.json and report.html.
+"""Audit one concept: manifest, discover, tune, confirm, baselines, verdict; writes audit.json and report.html.
 
 1. Judge the design, split the examples by group and write manifest.json, before any statistic is computed.
-2. Discover: AUROC of every latent on one part; the `max_candidates` with the largest z go on. Tune: their thresholds.
-3. Open the confirm part, which the ledger records, and confirm them there: Holm, intervals, and the whole search
-   repeated on shuffled labels.
-4. Baselines on the same texts: words alone, length, dense probes.
+2. Discover: AUROC of every latent of every dictionary on one part; those with the largest z go on, with what labels
+   propose. Tune: their thresholds, and sets of them.
+3. Open the confirm part, which the ledger records, and judge them there: Holm, intervals, and the whole search repeated
+   on shuffled labels; then the out-of-distribution set.
+4. Beside them: dense probes, probes of the reconstruction and of the error, random features, latents that fire as
+   often, words, length; and what the confirmed latents miss.
 5. The verdict, in one sentence, with what this design could not have seen.
 """
 
@@ -12,105 +14,67 @@ import dataclasses
 import datetime
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
-from pipelines.audit import baselines
+from pipelines.audit.baselines import probe_direction
+from pipelines.audit.beside import columns_of, estimate, gap_to_dense, held_out, judge, matched_latents
+from pipelines.audit.bundle import write_scores
+from pipelines.audit.completeness import absorption, unseen_share
 from pipelines.audit.concepts import Concept
+from pipelines.audit.confirm import confirm, thresholds_of
+from pipelines.audit.discover import Choice, Search, choose, discover_record, search
 from pipelines.audit.examples import Example
-from pipelines.audit.intervals import auroc_interval, minimum_detectable_auroc
+from pipelines.audit.intervals import auroc_interval
 from pipelines.audit.ledger import Ledger
-from pipelines.audit.manifest import plan_audit
+from pipelines.audit.manifest import Manifest, plan_audit
+from pipelines.audit.numbers import as_scores, figure
+from pipelines.audit.power import Design, simulate_power
 from pipelines.audit.preflight import prepare, require_possible
+from pipelines.audit.recurrence import recurrence_of
 from pipelines.audit.report import render_report
 from pipelines.audit.result import (
     AuditResult,
-    Baseline,
-    BaseRate,
     Candidate,
+    Completeness,
     ConceptRecord,
     Counts,
-    Discover,
+    Cover,
     ExampleRecord,
     Null,
+    PowerTable,
+    SparseProbe,
 )
-from pipelines.audit.splits import PARTS, Split
-from pipelines.audit.statistics import (
-    Association,
-    associate,
-    auroc,
-    benjamini_hochberg,
-    holm,
-    permutation_p,
-    searched_null,
-)
-from pipelines.audit.verdict import claim_of, limits_of, verdict_on, words_explain
+from pipelines.audit.sets import SIZES, CoverSet, Probe, greedy_cover, rates, sparse_probe
+from pipelines.audit.settings import AuditSettings
+from pipelines.audit.splits import PARTS
+from pipelines.audit.statistics import searched_null
+from pipelines.audit.verdict import claim_of, headline, limits_of, verdict_on, words_explain
+from pipelines.audit.views import Texts, View, check_views, joint_scores, spots_of
 from pipelines.rundir import write_text
-
-BASE_RATES = (1e-2, 1e-3, 1e-4)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AuditSettings:
-    """Choices of an audit; all of them are in the manifest."""
-
-    seed: int = 0
-    """Of the split and of every shuffle."""
-    discover_fraction: float = 0.5
-    """Share of each kind of group that goes to the discover part."""
-    tune_fraction: float = 0.2
-    """Share that goes to the tune part, where thresholds are chosen; the rest is the confirm part."""
-    n_permutations: int = 1000
-    """Shuffled labellings of the search."""
-    n_confirm_permutations: int = 9999
-    """Shuffled labellings of each confirmation."""
-    max_candidates: int = 20
-    """Latents that are taken to the confirm half."""
-    min_texts: int = 4
-    """A latent that fires on fewer discover texts is not tested."""
-    alpha: float = 0.05
-    """Family-wise error over the candidates of one concept, and false-discovery rate of the search."""
-    detects_above: float = 0.7
-    """A latent detects the concept only if its lower bound exceeds this AUROC, at `alpha` over all candidates."""
-
-    def __post_init__(self) -> None:
-        """Refuse values that make no test."""
-        at_least = {"n_permutations": 100, "n_confirm_permutations": 100, "max_candidates": 1, "min_texts": 1}
-        for name, low in at_least.items():
-            if getattr(self, name) < low:
-                raise ValueError(f"audit setting {name} must be at least {low}; got {getattr(self, name)}.")
-        for name in ("discover_fraction", "tune_fraction", "alpha", "detects_above"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"audit setting {name} must lie between 0 and 1; got {getattr(self, name)}.")
 
 
 def audit_concept(
     concept: Concept,
     examples: Sequence[Example],
-    scores: Float[np.ndarray, "n_texts d_sae"],
+    views: Sequence[View],
     out_dir: str | Path,
     *,
-    dictionary: Mapping[str, Any],
-    dense: Float[np.ndarray, "n_texts d_in"] | None = None,
-    corpus: Float[np.ndarray, "n_documents d_sae"] | None = None,
-    labels: Mapping[int, str] | None = None,
     settings: AuditSettings | None = None,
     command: str = "",
     ledger: Ledger | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> AuditResult:
-    """Audit one concept and write manifest.json, audit.json and report.html into `out_dir`, each atomically.
+    """Audit one concept in one dictionary or several of one model; one verdict.
+
+    Writes manifest.json, scores.safetensors, report.html and audit.json into `out_dir`, each atomically.
 
     Args:
-        scores: largest activation of each latent over the non-sink tokens of each example, in the order of `examples`.
-        dictionary: what identifies the audited dictionary (name, hook, model, hash), JSON values; in the manifest.
-        dense: activations of the model pooled over each example (mean over non-sink tokens), for the dense probes.
-        corpus: `scores` of ordinary documents, for the firing rate outside these examples.
-        labels: label of a latent, where there is one.
+        views: what each dictionary makes of the examples, a row each, in their order.
         command: how to reproduce the audit; printed in the report.
         ledger: where the opening of the confirm part is recorded; the user's own by default.
         say: told the manifest's hash before the confirm part is opened, and whether it was opened before.
@@ -122,78 +86,62 @@ def audit_concept(
     started = time.perf_counter()
     settings = settings or AuditSettings()
     ledger = ledger or Ledger.default()
-    _check_rows(examples, scores, dense, corpus)
+    check_views(views, len(examples))
     kept, examples, split, preflight = prepare(
         examples,
         seed=settings.seed,
         discover_fraction=settings.discover_fraction,
         tune_fraction=settings.tune_fraction,
-        n_latents=scores.shape[1],
+        n_latents=sum(view.scores.shape[1] for view in views),
         n_candidates=settings.max_candidates,
         alpha=settings.alpha,
         by_vocabulary=concept.topic is not None,
     )
     require_possible(preflight)
-    scores, dense = scores[kept], None if dense is None else dense[kept]
-    chosen_settings = dataclasses.asdict(settings)
-    manifest = plan_audit(
-        examples,
-        split,
-        concept={"name": concept.name, "kind": concept.kind},
-        dictionaries=[dict(dictionary)],
-        settings=chosen_settings,
-        planned_tests=[
-            "discover: AUROC of every latent that fires on enough texts, one-sided, max-T over shuffled labels",
-            "tune: one threshold for each candidate, largest TPR - FPR",
-            f"confirm: the {settings.max_candidates} latents with the largest z, one-sided permutation p, Holm",
-        ],
-    )
+    views, texts = [view.take(kept) for view in views], Texts.of(examples, split)
     out = Path(out_dir)
+    manifest = _plan(concept, texts, views, settings)
     manifest.write(out / "manifest.json")
 
-    positive = np.array([e.positive for e in examples])
-    _, groups = np.unique([e.group for e in examples], return_inverse=True)
-    d, c = split.discover, split.confirm
-    found = associate(
-        scores[d],
-        positive[d],
-        groups[d],
+    found = search(
+        views,
+        texts,
         n_permutations=settings.n_permutations,
         min_texts=settings.min_texts,
         seed=settings.seed + 1,
     )
+    choices = choose(found, views, concept, max_candidates=settings.max_candidates, max_proposed=settings.max_proposed)
+    tuned = _tune(found, choices, views, texts)
+    power = _power(found, choices, texts, settings)
+
     say(f"{concept.name}: manifest {manifest.sha256} is written; deposit it elsewhere for proof of what was planned")
     opening = ledger.open_confirm(manifest, name=out.name)
     if opening.stamp:
         say(f"{concept.name}: {opening.stamp}: these confirm texts were opened before with this dictionary")
-    shuffled = searched_null(scores[c], positive[c], groups[c], found.null_best, seed=settings.seed + 2)
-    upper = float(np.quantile(shuffled, 1 - settings.alpha))
-    beside = _baselines(examples, positive, groups, split, dense)
-    taken = _confirm(examples, scores, positive, groups, split, found, settings, corpus, labels or {})
-    confounded = words_explain(concept, beside, taken, settings.alpha)
-    candidates = [
-        candidate.model_copy(
-            update={
-                "claim": claim_of(
-                    candidate,
-                    null_upper=upper,
-                    confounded=confounded,
-                    reused=opening.reused,
-                    alpha=settings.alpha,
-                    detects_above=settings.detects_above,
-                )
-            }
-        )
-        for candidate in taken
-    ]
-    smallest = minimum_detectable_auroc(
-        n_pos=(_n_groups(groups[d][positive[d]]), _n_groups(groups[c][positive[c]])),
-        n_neg=(_n_groups(groups[d][~positive[d]]), _n_groups(groups[c][~positive[c]])),
-        n_latents=int(found.tested.sum()),
-        n_candidates=settings.max_candidates,
-        alpha=settings.alpha,
+    c = split.confirm
+    shuffled = searched_null(
+        joint_scores(views)[c], texts.positive[c], texts.groups[c], found.found.null_best, seed=settings.seed + 2
     )
-    unseen = _unseen_share(candidates, positive, c)
+    upper = float(np.quantile(shuffled, 1 - settings.alpha))
+    columns = list(columns_of(views, texts, min_texts=settings.min_texts, seed=settings.seed + 4))
+    beside = judge(columns, texts)
+    taken = confirm(
+        choices,
+        tuned.thresholds,
+        found,
+        views,
+        texts,
+        concept,
+        n_permutations=settings.n_confirm_permutations,
+        alpha=settings.alpha,
+        detects_above=settings.detects_above,
+        seed=settings.seed + 3,
+    )
+    confounded = words_explain(concept, beside, taken, settings.alpha)
+    candidates = [_claimed(candidate, views, texts, upper, confounded, opening.reused, settings) for candidate in taken]
+    best = headline(candidates)
+    shown = best or max(candidates, key=lambda x: x.discover_z, default=None)
+    completeness = _completeness(candidates, shown, views, texts)
     part_of = split.part_of()
 
     result = AuditResult(
@@ -205,23 +153,28 @@ def audit_concept(
             kind=concept.kind,
             redacted=concept.redact,
         ),
-        dictionary=dict(dictionary),
-        settings=chosen_settings,
+        dictionaries=[dict(view.identity) for view in views],
+        settings=dataclasses.asdict(settings),
         manifest_sha256=manifest.sha256,
         preflight=preflight,
         opening=opening,
         counts={name: _counts(examples, rows) for name, rows in zip(PARTS, split, strict=True)},
-        verdict=verdict_on(concept, candidates, confounded=confounded, reused=opening.reused, smallest=smallest),
-        discover=_discover(found, settings.alpha),
+        verdict=verdict_on(concept, candidates, confounded=confounded, reused=opening.reused, power=power),
+        discover=discover_record(found, views, settings.alpha),
+        power=power,
         candidates=candidates,
+        sparse_probes=[_sparse(probe, views, texts) for probe in tuned.probes],
+        cover=_cover(tuned, views, texts),
+        completeness=completeness,
         shuffled_null=Null(
             n=shuffled.size,
-            mean=_round(shuffled.mean()),
-            upper=_round(upper),
+            mean=figure(shuffled.mean()),
+            upper=figure(upper),
             histogram=np.histogram(shuffled, bins=40, range=(0, 1))[0].tolist(),
         ),
+        matched=None if shown is None else matched_latents(views, texts, shown, candidates, settings.alpha),
         baselines=beside,
-        unseen_share=unseen,
+        gap=gap_to_dense(beside, shown, texts),
         examples=[
             ExampleRecord(
                 digest=example.digest,
@@ -237,178 +190,158 @@ def audit_concept(
             concept,
             candidates,
             beside,
+            completeness,
             confounded=confounded,
             reused=opening.reused,
-            unseen=unseen,
-            has_corpus=corpus is not None,
+            has_corpus=any(view.corpus is not None for view in views),
         ),
         command=command,
         seconds=round(time.perf_counter() - started, 3),
     )
+    write_scores(out / "scores.safetensors", views)
     write_text(out / "report.html", render_report(result))
     written = result.model_dump_json(indent=1) + "\n"
-    write_text(out / "audit.json", written)  # after the report: its presence means a whole audit
+    write_text(out / "audit.json", written)  # after the others: its presence means a whole audit
     ledger.finish(opening, level=result.verdict.level, result_sha256=hashlib.sha256(written.encode()).hexdigest())
     return result
 
 
-def youden_threshold(scores: Float[np.ndarray, " n_texts"], labels: Bool[np.ndarray, " n_texts"]) -> float:
-    """The t >= 0 whose rule `score > t` has the largest TPR - FPR (Youden 1950); the smallest of several."""
-    values = np.unique(np.append(scores, 0.0))
-    above = scores[None, :] > values[:, None]
-    gain = above[:, labels].mean(axis=1) - above[:, ~labels].mean(axis=1)
-    return float(values[int(gain.argmax())])
+class _Tuned(NamedTuple):
+    """What was chosen before the confirm part was opened."""
+
+    thresholds: Float[np.ndarray, " n_candidates"]
+    probes: list[Probe]
+    cover: CoverSet
+    pool: Int[np.ndarray, " n_pool"]
+    """Columns that `cover` counts its latents in."""
 
 
-def _discover(found: Association, alpha: float) -> Discover:
-    tested = np.flatnonzero(found.tested)
-    adjusted = benjamini_hochberg(found.p_pooled[tested])
-    return Discover(
-        n_latents=found.auroc.size,
-        n_tested=tested.size,
-        n_familywise=int((found.p_familywise <= alpha).sum()),
-        n_fdr=int((adjusted <= alpha).sum()),
-        z_familywise=_round(np.quantile(found.null_max_z, 1 - alpha)) if tested.size else 0.0,
-        latent=tested.tolist(),
-        auroc=_rounded(found.auroc[tested]),
-        z=_rounded(found.z[tested]),
-        fires=_rounded(found.fires[tested]),
+def _plan(concept: Concept, texts: Texts, views: Sequence[View], settings: AuditSettings) -> Manifest:
+    return plan_audit(
+        texts.examples,
+        texts.split,
+        concept={"name": concept.name, "kind": concept.kind},
+        dictionaries=[dict(view.identity) for view in views],
+        settings=dataclasses.asdict(settings),
+        planned_tests=[
+            "discover: AUROC of every latent of every dictionary that fires on enough texts, one-sided, max-T and "
+            "Benjamini-Hochberg over all of them together",
+            "tune: one threshold for each candidate, largest TPR - FPR; sets of latents",
+            f"confirm: the {settings.max_candidates} latents with the largest z and up to {settings.max_proposed} that "
+            "labels propose, one-sided permutation p, Holm: associated",
+            f"confirm: their lower bounds against {settings.detects_above}, in that order, fallback procedure: detects",
+            "hard negatives and out-of-distribution set: the same bounds at the same levels: robust",
+        ],
     )
 
 
-def _confirm(
-    examples: Sequence[Example],
-    scores: Float[np.ndarray, "n_texts d_sae"],
-    positive: Bool[np.ndarray, " n_texts"],
-    groups: Int[np.ndarray, " n_texts"],
-    split: Split,
-    found: Association,
+def _tune(found: Search, choices: Sequence[Choice], views: Sequence[View], texts: Texts) -> _Tuned:
+    scores = joint_scores(views)
+    sizes = sorted({min(k, found.columns.size) for k in SIZES} - {0})
+    pool = found.columns[: max(SIZES)]
+    return _Tuned(
+        thresholds_of(choices, views, texts),
+        [sparse_probe(scores, found.columns[:k], texts.positive, texts.fit) for k in sizes],
+        greedy_cover(scores[:, pool], texts.positive, texts.split.tune, texts.fit),
+        pool,
+    )
+
+
+def _power(found: Search, choices: Sequence[Choice], texts: Texts, settings: AuditSettings) -> PowerTable:
+    """Power of this design with the firing rates of the latents that were tested."""
+    tested = found.found.tested
+    power = simulate_power(
+        Design(
+            discover=texts.groups_of(texts.split.discover),
+            confirm=texts.groups_of(texts.split.confirm),
+            n_latents=max(1, int(tested.sum())),
+            n_candidates=max(len(choices), settings.max_candidates),
+            alpha=settings.alpha,
+            detects_above=settings.detects_above,
+        ),
+        found.found.fires[tested],
+        n_simulated=settings.n_simulated,
+        seed=settings.seed + 5,
+    )
+    return PowerTable(
+        auroc=list(power.auroc),
+        associated=[figure(v) for v in power.associated],
+        detects=[figure(v) for v in power.detects],
+        n_simulated=power.n_simulated,
+        smallest_associated=power.smallest("associated"),
+        smallest_detects=power.smallest("detects"),
+    )
+
+
+def _claimed(
+    candidate: Candidate,
+    views: Sequence[View],
+    texts: Texts,
+    null_upper: float,
+    confounded: bool,
+    reused: int,
     settings: AuditSettings,
-    corpus: Float[np.ndarray, "n_documents d_sae"] | None,
-    labels: Mapping[int, str],
-) -> list[Candidate]:
-    """Take the best tested latents of discover to confirm; their claims are decided later."""
-    c, tune = split.confirm, split.tune
-    ranked = np.argsort(-np.where(found.tested, found.z, -np.inf), kind="stable")[: settings.max_candidates]
-    chosen = ranked[found.tested[ranked] & (found.z[ranked] > 0)]
-    if not chosen.size:
-        return []
-    tested = np.flatnonzero(found.tested)
-    q = dict(zip(tested.tolist(), benjamini_hochberg(found.p_pooled[tested]), strict=True))
-    held_out = scores[np.ix_(c, chosen)]
-    interval = auroc_interval(held_out, positive[c], groups[c])
-    # One-sided at alpha / m for each of m candidates: all m bounds lie below their true AUROCs with 1 - alpha or more.
-    together = auroc_interval(held_out, positive[c], groups[c], level=1 - 2 * settings.alpha / chosen.size)
-    p = permutation_p(
-        held_out, positive[c], groups[c], n_permutations=settings.n_confirm_permutations, seed=settings.seed + 3
+) -> Candidate:
+    claim = claim_of(
+        candidate,
+        null_upper=null_upper,
+        confounded=confounded,
+        reused=reused,
+        alpha=settings.alpha,
+        detects_above=settings.detects_above,
     )
-    adjusted = holm(p)
-    hard = np.array([e.role == "hard_negative" for e in examples])[c]
-    against_hard = positive[c] | hard
-    hard_area = auroc(held_out[against_hard], positive[c][against_hard]) if hard.any() else None
-    out = []
-    for k, latent in enumerate(chosen.tolist()):
-        threshold = youden_threshold(scores[tune, latent], positive[tune])
-        above = held_out[:, k] > threshold
-        tpr = float(above[positive[c]].mean())
-        rate = None if corpus is None else float((corpus[:, latent] > threshold).mean())
-        out.append(
-            Candidate(
-                latent=latent,
-                label=labels.get(latent),
-                discover_auroc=_round(found.auroc[latent]),
-                discover_z=_round(found.z[latent]),
-                discover_p_familywise=_round(found.p_familywise[latent]),
-                discover_q=_round(q[latent]),
-                auroc=_round(interval.auroc[k]),
-                low=_round(interval.low[k]),
-                high=_round(interval.high[k]),
-                low_familywise=_round(together.low[k]),
-                hard_negative_auroc=None if hard_area is None else _round(hard_area[k]),
-                p=_round(p[k]),
-                p_holm=_round(adjusted[k]),
-                threshold=threshold,
-                true_positive_rate=_round(tpr),
-                false_positive_rate=_round(above[~positive[c]].mean()),
-                corpus_rate=None if rate is None else _round(rate),
-                precision=None if rate is None else [_precision(base, tpr, rate) for base in BASE_RATES],
-                claim="not_confirmed",
-                scores=_rounded(scores[:, latent]),
-            )
-        )
-    return out
+    confirmed = claim not in ("not_confirmed", "mentioned")
+    return candidate.model_copy(
+        update={"claim": claim, "recurrence": recurrence_of(candidate, views, texts) if confirmed else []}
+    )
 
 
-def _baselines(
-    examples: Sequence[Example],
-    positive: Bool[np.ndarray, " n_texts"],
-    groups: Int[np.ndarray, " n_texts"],
-    split: Split,
-    dense: Float[np.ndarray, "n_texts d_in"] | None,
-) -> list[Baseline]:
-    """Fit each baseline on the discover texts and score the confirm texts."""
-    d, c = split.discover, split.confirm
-    fit_texts, texts = [examples[i].text for i in d], [examples[i].text for i in c]
-    longer = auroc(baselines.text_length(fit_texts)[:, None], positive[d])[0] >= 0.5
-    columns: list[tuple[str, str, Float[np.ndarray, " n_confirm"]]] = []
-    if dense is not None:
-        probe = baselines.dense_logistic(dense[d], positive[d], dense[c])
-        direction = baselines.mean_difference(dense[d], positive[d], dense[c])
-        columns += [
-            ("dense_logistic", "Dense probe (logistic)", probe),
-            ("dense_mean_difference", "Dense probe (mean difference)", direction),
-        ]
-    columns += [
-        ("bag_of_words", "Words alone (bag of words)", baselines.bag_of_words(fit_texts, positive[d], texts)),
-        ("length", "Text length alone", baselines.text_length(texts) * (1 if longer else -1)),
-    ]
-    interval = auroc_interval(np.stack([column for _, _, column in columns], axis=1), positive[c], groups[c])
-    return [
-        Baseline(
-            name=name,
-            title=title,
-            auroc=_round(interval.auroc[k]),
-            low=_round(interval.low[k]),
-            high=_round(interval.high[k]),
-            scores=_rounded(column),
-        )
-        for k, (name, title, column) in enumerate(columns)
-    ]
+def _completeness(
+    candidates: Sequence[Candidate], shown: Candidate | None, views: Sequence[View], texts: Texts
+) -> Completeness:
+    confirmed = [x for x in candidates if x.claim not in ("not_confirmed", "mentioned")]
+    seen = np.array([np.array(x.scores) > x.threshold for x in confirmed]).reshape(-1, texts.positive.size).T
+    absorbed = None
+    view = next((v for v in views if shown and v.name == shown.dictionary), None)
+    if confirmed and view is not None and view.dense is not None:
+        direction, bias = probe_direction(view.dense[texts.fit], texts.positive[texts.fit])
+        found = view.dense @ direction + bias > 0
+        own = [x.latent for x in confirmed if x.dictionary == view.name]
+        absorbed = absorption(view, texts, own, direction, found)
+    return Completeness(unseen_share=unseen_share(seen, texts.positive, texts.split.confirm), absorption=absorbed)
 
 
-def _check_rows(
-    examples: Sequence[Example], scores: np.ndarray, dense: np.ndarray | None, corpus: np.ndarray | None
-) -> None:
-    problems = [
-        f"{name} has shape {array.shape}"
-        for name, array in (("scores", scores), ("dense", dense))
-        if array is not None and (array.ndim != 2 or array.shape[0] != len(examples))
-    ]
-    if corpus is not None and (corpus.ndim != 2 or corpus.shape[1] != scores.shape[-1]):
-        problems.append(f"corpus has shape {corpus.shape} for scores {scores.shape}")
-    if dense is not None and not np.isfinite(dense).all():
-        problems.append("dense holds values that are not finite")
-    if problems:
-        raise ValueError(
-            f"scores and dense need one row per example ({len(examples)}), corpus one column per latent; "
-            f"{'; '.join(problems)}. Encode the examples in their order."
-        )
+def _sparse(probe: Probe, views: Sequence[View], texts: Texts) -> SparseProbe:
+    scores = probe.scores.astype(np.float32)
+    confirmed, outside = (
+        auroc_interval(scores[rows][:, None], texts.positive[rows], texts.groups[rows]) if rows.size else None
+        for rows in (texts.split.confirm, texts.ood)
+    )
+    assert confirmed is not None
+    return SparseProbe(
+        k=int(probe.columns.size),
+        latents=[(views[spot.view].name, spot.latent) for spot in spots_of(views, probe.columns)],
+        weights=[figure(w) for w in probe.weights],
+        confirm=estimate(*(part[0] for part in confirmed)),
+        ood=None if outside is None else estimate(*(part[0] for part in outside)),
+        scores=held_out(scores, texts),
+    )
 
 
-def _unseen_share(
-    candidates: Sequence[Candidate], positive: Bool[np.ndarray, " n_texts"], c: Int[np.ndarray, " n_confirm"]
-) -> float | None:
-    confirmed = [x for x in candidates if x.claim != "not_confirmed"]
-    if not confirmed:
+def _cover(tuned: _Tuned, views: Sequence[View], texts: Texts) -> Cover | None:
+    if not tuned.cover.places:
         return None
-    rows = c[positive[c]]
-    seen = np.array([np.array(x.scores)[rows] > x.threshold for x in confirmed]).any(axis=0)
-    return _round(1 - seen.mean())
-
-
-def _precision(base: float, tpr: float, fpr: float) -> BaseRate:
-    hits, alarms = base * tpr, (1 - base) * fpr
-    return BaseRate(base_rate=base, precision=_round(hits / (hits + alarms)) if hits + alarms > 0 else 0.0)
+    seen = tuned.cover.sees(joint_scores(views)[:, tuned.pool])
+    on = {part: rates(seen[rows], texts.positive[rows]) for part, rows in texts.split._asdict().items() if rows.size}
+    return Cover(
+        latents=[(views[spot.view].name, spot.latent) for spot in spots_of(views, tuned.pool[tuned.cover.places])],
+        thresholds=as_scores(np.array(tuned.cover.thresholds)),
+        tune_recall=figure(on["tune"][0]),
+        tune_false_positive_rate=figure(on["tune"][1]),
+        recall=figure(on["confirm"][0]),
+        false_positive_rate=figure(on["confirm"][1]),
+        seen=seen.tolist(),
+    )
 
 
 def _counts(examples: Sequence[Example], rows: Int[np.ndarray, " n"]) -> Counts:
@@ -419,15 +352,3 @@ def _counts(examples: Sequence[Example], rows: Int[np.ndarray, " n"]) -> Counts:
         negative=roles.count("negative"),
         groups=len({examples[i].group for i in rows}),
     )
-
-
-def _n_groups(groups: Int[np.ndarray, " n"]) -> int:
-    return int(np.unique(groups).size)
-
-
-def _round(value: Any) -> float:
-    return round(float(value), 6)
-
-
-def _rounded(values: np.ndarray) -> list[float]:
-    return [round(v, 6) for v in values.astype(np.float64).tolist()]

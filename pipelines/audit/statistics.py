@@ -2,22 +2,19 @@
 
 Everything here is a function on arrays. `scores` is [n_texts, d_sae], one pooled activation per text and latent;
 `labels` says which texts are positive; `groups` says which texts belong together (one source, one template). Groups are
-the unit of inference: labels are exchanged within groups that hold both classes, and whole groups otherwise.
+the unit of inference: `exchange` says which labellings are as likely as the observed one, and what z is.
 
-The statistic of one latent is built from its midranks r_i over the n texts (ties share their mean rank):
-
-    W     = sum over positives of (r_i - (n + 1) / 2)
-    AUROC = 1/2 + W / (n_pos * n_neg)                        Mann and Whitney 1947; ties count one half
-    z     = (W - E0[W]) / sd0[W]                             moments over the permitted exchanges of labels
-
-Only latents that fire more on positives are of interest, so every test is one-sided (large z).
+AUROC comes from midranks (ties share their mean rank): 1/2 + sum over positives of (r_i - (n + 1) / 2) / (n_pos n_neg)
+(Mann and Whitney 1947; ties count one half). Only latents that fire more on positives are of interest, so every test is
+one-sided (large z).
 """
 
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float, Float32, Int
+
+from pipelines.audit.exchange import Exchange, permuted_labels
 
 BLOCK = 4096  # latents per block: bounds memory at 4096 x n_permutations x 4 bytes, whatever d_sae is
 Z_RANGE, Z_BINS_PER_UNIT = 32.0, 256  # resolution of the pooled null's histogram
@@ -64,65 +61,11 @@ def auroc(
     scores: Float[np.ndarray, "n_texts d_sae"], labels: Bool[np.ndarray, " n_texts"]
 ) -> Float[np.ndarray, " d_sae"]:
     """P(positive scores higher) + P(tie) / 2, for every column. Memory stays flat in d_sae."""
-    _check(scores, labels, None)
+    check_scores(scores, labels, None)
     n_pos = int(labels.sum())
     n_neg = labels.size - n_pos
-    columns = (_centred_ranks(scores, lo, lo + BLOCK)[:, labels].sum(axis=1) for lo in range(0, scores.shape[1], BLOCK))
+    columns = (centred_ranks(scores, lo, lo + BLOCK)[:, labels].sum(axis=1) for lo in range(0, scores.shape[1], BLOCK))
     return 0.5 + np.concatenate([c.astype(np.float64) for c in columns]) / (n_pos * n_neg)
-
-
-def permuted_labels(
-    labels: Bool[np.ndarray, " n_texts"], groups: Int[np.ndarray, " n_texts"], n_permutations: int, seed: int
-) -> Float32[np.ndarray, "n_texts n_permutations"]:
-    """Label vectors that are as likely as the observed one if labels do not matter, as columns of 0 and 1.
-
-    Groups with both classes keep their counts and shuffle inside; groups of one class swap their label as a whole.
-    """
-    rng = np.random.default_rng(seed)
-    out = np.empty((labels.size, n_permutations), dtype=np.float32)
-    pure, mixed = _pure_and_mixed(labels, groups)
-    if pure:
-        of_group = np.array([labels[rows[0]] for rows in pure], dtype=np.float32)
-        shuffled = rng.permuted(np.repeat(of_group[:, None], n_permutations, axis=1), axis=0)
-        for rows, row_labels in zip(pure, shuffled, strict=True):
-            out[rows] = row_labels
-    for rows in mixed:
-        own = labels[rows].astype(np.float32)
-        out[rows] = rng.permuted(np.repeat(own[:, None], n_permutations, axis=1), axis=0)
-    return out
-
-
-def null_moments(
-    centred: Float[np.ndarray, "d_sae n_texts"],
-    labels: Bool[np.ndarray, " n_texts"],
-    groups: Int[np.ndarray, " n_texts"],
-) -> tuple[Float[np.ndarray, " d_sae"], Float[np.ndarray, " d_sae"]]:
-    """Exact mean and standard deviation of W over the exchanges of `permuted_labels`.
-
-    A sum of m draws without replacement from values v_1..v_N has mean m * mean(v) and variance
-    m (N - m) / (N (N - 1)) * sum (v - mean(v))^2; here the v are texts inside a mixed group, or sums over pure groups.
-    """
-    mean = np.zeros(centred.shape[0])
-    variance = np.zeros(centred.shape[0])
-    pure, mixed = _pure_and_mixed(labels, groups)
-    strata: list[tuple[Float[np.ndarray, "d_sae n_units"], int]] = []
-    if pure:
-        singles = all(rows.size == 1 for rows in pure)
-        totals = (
-            centred[:, np.concatenate(pure)]
-            if singles
-            else np.stack([centred[:, rows].sum(axis=1) for rows in pure], axis=1)
-        )
-        strata.append((totals, sum(bool(labels[rows[0]]) for rows in pure)))
-    strata += [(centred[:, rows], int(labels[rows].sum())) for rows in mixed]
-    for values, drawn in strata:
-        size = values.shape[1]
-        centre = values.mean(axis=1, dtype=np.float64)
-        mean += drawn * centre
-        if size > 1:
-            spread = np.square(values - centre[:, None]).sum(axis=1)
-            variance += drawn * (size - drawn) / (size * (size - 1)) * spread
-    return mean, np.sqrt(variance)
 
 
 def associate(
@@ -145,12 +88,9 @@ def associate(
     Raises:
         ValueError: shapes disagree, one class is missing, or a score is not finite.
     """
-    _check(scores, labels, groups)
+    check_scores(scores, labels, groups)
     d_sae = scores.shape[1]
-    columns = np.concatenate(
-        [labels.astype(np.float32)[:, None], permuted_labels(labels, groups, n_permutations, seed)], axis=1
-    )
-    drawn = torch.from_numpy(columns)
+    exchange = Exchange(labels, groups, n_permutations, seed)
     n_pos = int(labels.sum())
     area = np.full(d_sae, 0.5)
     z = np.zeros(d_sae, dtype=np.float32)
@@ -162,16 +102,11 @@ def associate(
 
     for lo in range(0, d_sae, BLOCK):
         hi = min(lo + BLOCK, d_sae)
-        centred = _centred_ranks(scores, lo, hi)
-        mean, sd = null_moments(centred, labels, groups)
-        scale = np.divide(1.0, sd, out=np.zeros_like(sd), where=sd > 0)
-        # Ranks are multiples of 1/2, so these float32 sums are exact and equal labellings give equal z.
-        w = (torch.from_numpy(centred) @ drawn).numpy()
-        area[lo:hi] += w[:, 0] / (n_pos * (labels.size - n_pos))
-        w -= mean.astype(np.float32)[:, None]
-        w *= scale.astype(np.float32)[:, None]
-        z[lo:hi] = w[:, 0]
-        null = w[tested[lo:hi], 1:]
+        centred = centred_ranks(scores, lo, hi)
+        area[lo:hi] += centred[:, labels].sum(axis=1, dtype=np.float64) / (n_pos * (labels.size - n_pos))
+        of_block = exchange.z(centred).numpy()
+        z[lo:hi] = of_block[:, 0]
+        null = of_block[tested[lo:hi], 1:]
         if null.size:
             latents = np.flatnonzero(tested[lo:hi]) + lo
             best = null.argmax(axis=0)
@@ -182,10 +117,10 @@ def associate(
 
     p_familywise, p_pooled = np.ones(d_sae), np.ones(d_sae)
     if tested.any():
-        exceed = n_permutations - np.searchsorted(np.sort(null_max), z[tested], side="left")
+        exceed = n_permutations - np.searchsorted(np.sort(null_max), _just_below(z[tested]), side="left")
         p_familywise[tested] = (1 + exceed) / (1 + n_permutations)
         at_least = histogram[::-1].cumsum()[::-1]
-        p_pooled[tested] = np.minimum(1.0, (1 + at_least[_z_bin(z[tested])]) / (1 + at_least[0]))
+        p_pooled[tested] = np.minimum(1.0, (1 + at_least[_z_bin(_just_below(z[tested]))]) / (1 + at_least[0]))
     return Association(area, z, fires, tested, p_familywise, p_pooled, null_max, null_best)
 
 
@@ -201,11 +136,9 @@ def permutation_p(
 
     The added ones keep it valid: Phipson and Smyth 2010, arXiv:1603.05766, section 4.
     """
-    _check(scores, labels, groups)
-    centred = _centred_ranks(scores, 0, scores.shape[1])
-    null = centred @ permuted_labels(labels, groups, n_permutations, seed)
-    observed = centred[:, labels].sum(axis=1)
-    return (1 + (null >= observed[:, None] - 1e-4).sum(axis=1)) / (1 + n_permutations)  # type: ignore[no-any-return]
+    check_scores(scores, labels, groups)
+    z = Exchange(labels, groups, n_permutations, seed).z(centred_ranks(scores, 0, scores.shape[1])).numpy()
+    return (1 + (z[:, 1:] >= _just_below(z[:, :1])).sum(axis=1)) / (1 + n_permutations)  # type: ignore[no-any-return]
 
 
 def searched_null(
@@ -221,9 +154,9 @@ def searched_null(
     With `chosen = associate(other_texts, ...).null_best` this repeats the whole discover-then-confirm procedure on data
     in which no latent carries the concept: what the best latent of such a search reaches by luck.
     """
-    _check(scores, labels, groups)
+    check_scores(scores, labels, groups)
     drawn = permuted_labels(labels, groups, chosen.size, seed)
-    centred = _centred_ranks(scores[:, chosen], 0, chosen.size)
+    centred = centred_ranks(scores[:, chosen], 0, chosen.size)
     n_pos = drawn.sum(axis=0, dtype=np.float64)
     return 0.5 + (centred * drawn.T).sum(axis=1) / (n_pos * (labels.size - n_pos))  # type: ignore[no-any-return]
 
@@ -246,7 +179,7 @@ def holm(p: Float[np.ndarray, " m"]) -> Float[np.ndarray, " m"]:
     return adjusted
 
 
-def _centred_ranks(
+def centred_ranks(
     scores: Float[np.ndarray, "n_texts d_sae"], lo: int, hi: int
 ) -> Float32[np.ndarray, "n_latents n_texts"]:
     """Midranks of columns lo..hi, as rows, less their mean (n + 1) / 2."""
@@ -254,17 +187,9 @@ def _centred_ranks(
     return midranks(block) - np.float32((scores.shape[0] + 1) / 2)
 
 
-def _pure_and_mixed(
-    labels: Bool[np.ndarray, " n_texts"], groups: Int[np.ndarray, " n_texts"]
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Rows of each group with one class, and rows of each group with both."""
-    order = np.argsort(groups, kind="stable")
-    bounds = np.flatnonzero(np.diff(groups[order])) + 1
-    pure: list[np.ndarray] = []
-    mixed: list[np.ndarray] = []
-    for rows in np.split(order, bounds):
-        (pure if labels[rows].all() or not labels[rows].any() else mixed).append(rows)
-    return pure, mixed
+def _just_below(z: Float[np.ndarray, " *shape"]) -> Float[np.ndarray, " *shape"]:
+    """Rounding must not separate equal labellings: what is this close counts as at least as large; p errs upwards."""
+    return z - np.float32(1e-5) * np.maximum(1, np.abs(z))  # type: ignore[no-any-return]
 
 
 def _z_bin(z: Float[np.ndarray, " *shape"]) -> Int[np.ndarray, " *shape"]:
@@ -273,7 +198,8 @@ def _z_bin(z: Float[np.ndarray, " *shape"]) -> Int[np.ndarray, " *shape"]:
     return scaled.astype(np.int32)  # type: ignore[no-any-return]
 
 
-def _check(scores: np.ndarray, labels: np.ndarray, groups: np.ndarray | None) -> None:
+def check_scores(scores: np.ndarray, labels: np.ndarray, groups: np.ndarray | None) -> None:
+    """Refuse arrays that do not fit, one class, and scores that are not finite. Raises: ValueError."""
     if scores.ndim != 2 or labels.shape != scores.shape[:1] or (groups is not None and groups.shape != labels.shape):
         raise ValueError(
             f"scores must be [n_texts, d_sae] with one label and one group per text; got scores {scores.shape}, labels "

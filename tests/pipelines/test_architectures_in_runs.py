@@ -10,7 +10,7 @@ import torch
 from pipelines.architectures import OF_ONE_HOOK, sae_config
 from pipelines.config import _SETTINGS, EvaluateConfig, RunConfig, SAESpec
 from pipelines.dictionaries import load_trained, stored_input
-from pipelines.encode import encode_texts, pool_documents
+from pipelines.encode import Reader, encode_passages, passages_of, pool_documents
 from pipelines.errors import UsageError
 from pipelines.evaluation import evaluate_reconstruction, evaluate_splice
 from pipelines.latents import compute_latents
@@ -73,11 +73,13 @@ def test_entry_trains_to_a_dictionary_that_the_later_stages_read(
     dense = dictionary.encode(stored_input(store, dictionary, 0, store.spec.n_contexts).flatten(0, 1).float())
     keep = ~torch.from_numpy(store.sink_mask(dictionary.hook_names[0], 0, store.spec.n_contexts, 3.0)).flatten()
     assert torch.equal(torch.from_numpy(latents.counts()).long(), dense[keep].count_nonzero(dim=0))
-    rows, pooled = pool_documents(store, dictionary, split="heldout", sink_multiple=3.0)
+    rows, pooled = pool_documents(store, Reader(dictionary), split="heldout", sink_multiple=3.0)
     assert pooled.max_latents.shape == (len(rows), 64)
-    alone = encode_texts(lm, dictionary, ["the heron waits", "a river runs"], max_tokens=16, sink_norm=None)
+    passages = passages_of(lm, ["the heron waits", "a river runs"], max_tokens=16)
+    (alone,) = encode_passages(lm, [Reader(dictionary)], passages)
     assert alone.max_latents.shape == (2, 64)
     assert alone.mean_activations.shape == (2, dictionary.d_in)
+    assert alone.mean_reconstruction.shape == (2, dictionary.sae.d_out)
 
 
 def test_training_that_diverges_names_the_step_and_the_last_good_checkpoint(

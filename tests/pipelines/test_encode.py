@@ -3,8 +3,9 @@ import pytest
 import torch
 from dictionaries import random_dictionary
 
+from pipelines.dictionaries import stored_input
 from pipelines.documents import DOCUMENTS_FILE, Documents
-from pipelines.encode import encode_texts, pool_documents
+from pipelines.encode import RandomFeatures, Reader, encode_passages, passages_of, pool_documents
 from pipelines.progress import SilentReporter
 
 HOOK = "model.layers.1"
@@ -21,6 +22,13 @@ TEXTS = [
 @pytest.fixture(scope="module")
 def dictionary():
     return random_dictionary(HOOK)
+
+
+def encode_texts(lm, dictionary, texts, *, max_tokens, sink_norm=None, random=None, **options):
+    (pooled,) = encode_passages(
+        lm, [Reader(dictionary, sink_norm, random)], passages_of(lm, texts, max_tokens=max_tokens), **options
+    )
+    return pooled
 
 
 def slow_pool(lm, dictionary, text, max_tokens, sink_norm):
@@ -100,7 +108,7 @@ def test_progress_counts_every_text(lm, dictionary):
 def test_pooled_documents_equal_a_slow_loop_over_the_store(store, split):
     dictionary, multiple = random_dictionary(HOOK), 1.2
     with SilentReporter().stage("pool", total=1, unit="contexts") as bar:
-        rows, pooled = pool_documents(store, dictionary, split=split, sink_multiple=multiple, bar=bar)
+        rows, pooled = pool_documents(store, Reader(dictionary), split=split, sink_multiple=multiple, bar=bar)
     threshold = store.statistics(HOOK).sink_threshold(multiple)
     start, stop = store.spec.split_range(split)
     best, total, n = {}, {}, {}
@@ -125,3 +133,57 @@ def test_pooled_documents_equal_a_slow_loop_over_the_store(store, split):
     documents = Documents.from_parquet(store.sidecar(DOCUMENTS_FILE))
     assert {documents.split[row] for row in rows} == {split}
     assert sum(n.values()) < (stop - start) * (store.spec.context_length - 1)  # some were sinks
+
+
+def test_means_of_latents_reconstruction_and_error_equal_a_slow_loop(lm, dictionary):
+    pooled = encode_texts(lm, dictionary, TEXTS, max_tokens=100)
+    np.testing.assert_allclose(
+        pooled.mean_reconstruction + pooled.mean_error, pooled.mean_activations, rtol=1e-4, atol=1e-5
+    )
+    ids = lm.tokenizer(TEXTS[0], add_special_tokens=False)["input_ids"]
+    x = lm.capture(torch.tensor([ids]), torch.arange(len(ids))[None], [HOOK])[HOOK][0, 1:]
+    latents = dictionary.encode(x)
+    np.testing.assert_allclose(pooled.mean_latents[0], latents.mean(0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(pooled.mean_reconstruction[0], dictionary.decode(latents).mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_one_pass_serves_readers_of_different_hooks_as_single_passes_do(lm, dictionary):
+    readers = [Reader(dictionary, 9.0), Reader(random_dictionary("model.layers.0", d_sae=40), None)]
+    passages = passages_of(lm, TEXTS, max_tokens=100)
+    together = encode_passages(lm, readers, passages)
+    for reader, pooled in zip(readers, together, strict=True):
+        (alone,) = encode_passages(lm, [reader], passages)
+        np.testing.assert_allclose(pooled.max_latents, alone.max_latents, rtol=1e-4, atol=1e-5)
+        assert pooled.n_tokens.tolist() == alone.n_tokens.tolist()
+
+
+def test_only_counted_tokens_are_pooled(lm, dictionary):
+    (passage,) = passages_of(lm, [TEXTS[0]], max_tokens=100)
+    last = passage._replace(counted=[False] * (len(passage.ids) - 1) + [True])
+    (pooled,) = encode_passages(lm, [Reader(dictionary)], [last])
+    x = lm.capture(torch.tensor([last.ids]), torch.arange(len(last.ids))[None], [HOOK])[HOOK][0, -1]
+    assert pooled.n_tokens.tolist() == [1]
+    np.testing.assert_allclose(pooled.mean_activations[0], x, rtol=1e-4, atol=1e-5)
+
+
+def test_random_features_fire_as_often_as_the_latents_and_are_reproducible(lm, store):
+    dictionary = random_dictionary(HOOK)  # k = 8
+    features = RandomFeatures.like(dictionary, store, seed=3)
+    assert features.k == 8
+    x = stored_input(store, dictionary, 0, 2).flatten(0, 1).float()
+    active = features.encode(x)
+    assert active.shape == (len(x), dictionary.d_sae)
+    assert active.count_nonzero(dim=1).float().mean() == pytest.approx(8, abs=0.5)
+    assert torch.equal(active, RandomFeatures.like(dictionary, store, seed=3).encode(x))
+    pooled = encode_texts(lm, dictionary, TEXTS, max_tokens=100, random=features)
+    assert pooled.max_random.shape == pooled.max_latents.shape
+    assert pooled.max_random[0].any()
+
+
+def test_blocks_of_tokens_do_not_change_the_pools(lm, dictionary, monkeypatch):
+    whole = encode_texts(lm, dictionary, TEXTS, max_tokens=100)
+    monkeypatch.setattr("pipelines.encode._BLOCK", 3 * dictionary.d_sae)
+    cut = encode_texts(lm, dictionary, TEXTS, max_tokens=100)
+    for name in ("max_latents", "mean_latents", "mean_activations", "mean_reconstruction", "mean_error"):
+        np.testing.assert_allclose(getattr(whole, name), getattr(cut, name), rtol=1e-4, atol=1e-5)
+    assert whole.n_tokens.tolist() == cut.n_tokens.tolist()

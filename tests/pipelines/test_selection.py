@@ -181,7 +181,7 @@ def test_predictions_count_where_they_are_made(chat_store, lm, config):
 
 def test_pools_and_labels_see_selected_tokens(chat_store):
     rows, pooled = pool_documents(
-        chat_store, random_dictionary(HOOK), split="heldout", sink_multiple=1.5, selection=ASSISTANT
+        chat_store, Reader(random_dictionary(HOOK)), split="heldout", sink_multiple=1.5, selection=ASSISTANT
     )
     start, stop = chat_store.spec.split_range("heldout")
     mask = kept(chat_store, HOOK, start, stop, 1.5, ASSISTANT)

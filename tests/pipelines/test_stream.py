@@ -15,7 +15,7 @@ from command_line import Driver, FinishedRun, events, must, sae, shard_digests
 
 from pipelines.collect import Harvester, open_store, prepare_store
 from pipelines.config import RunConfig
-from pipelines.encode import pool_documents
+from pipelines.encode import Reader, pool_documents
 from pipelines.errors import RunError, UsageError
 from pipelines.evaluation import evaluate_reconstruction
 from pipelines.latents import compute_latents
@@ -205,7 +205,7 @@ def test_later_stages_run_on_the_retained_slice(streamed: InThreads, tmp_path: P
     rows = latents.block(0, dictionary.d_sae).row
     assert len(rows)
     assert rows.min() >= store.first_kept * store.spec.context_length
-    documents, _ = pool_documents(store, dictionary, split="train", sink_multiple=3.0)
+    documents, _ = pool_documents(store, Reader(dictionary), split="train", sink_multiple=3.0)
     kept = store.contexts(*store.split_range("train")).document
     assert set(documents.tolist()) <= set(np.unique(kept).tolist())
 

@@ -10,8 +10,10 @@ import pytest
 from pipelines.audit.concepts import concept_from_dict, examples_of
 from pipelines.audit.figures import figures, roc_curve, short
 from pipelines.audit.report import p_value, render_report, script_json, share
-from pipelines.audit.stage import AuditSettings, audit_concept
+from pipelines.audit.settings import AuditSettings
+from pipelines.audit.stage import audit_concept
 from pipelines.audit.statistics import auroc
+from pipelines.audit.views import View
 
 HOSTILE = "</script><script>alert('x')</script><img src=x onerror=alert(1)>"
 
@@ -21,7 +23,7 @@ def hostile(i: int) -> str:
     return HOSTILE.replace("x", str(i))
 
 
-SETTINGS = AuditSettings(n_permutations=100, n_confirm_permutations=999)
+SETTINGS = AuditSettings(n_permutations=100, n_confirm_permutations=999, n_simulated=50)
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +42,8 @@ def hostile_result(tmp_path_factory):
     return audit_concept(
         concept,
         examples_of(concept),
-        scores,
+        [View(identity={"name": HOSTILE, HOSTILE: "value"}, scores=scores, labels=dict.fromkeys(range(12), HOSTILE))],
         tmp_path_factory.mktemp("audit"),
-        dictionary={"name": HOSTILE, HOSTILE: "value"},
-        labels=dict.fromkeys(range(12), HOSTILE),
         settings=SETTINGS,
         command=f"sae audit {HOSTILE}",
     )
@@ -104,7 +104,11 @@ def test_a_report_of_nothing_renders(tmp_path):
         {"name": "n", "positives": [f"a {i}" for i in range(30)], "hard_negatives": [f"b {i}" for i in range(30)]}
     )
     result = audit_concept(
-        concept, examples_of(concept), np.zeros((60, 5), np.float32), tmp_path, dictionary={}, settings=SETTINGS
+        concept,
+        examples_of(concept),
+        [View(identity={}, scores=np.zeros((60, 5), np.float32))],
+        tmp_path,
+        settings=SETTINGS,
     )
     page = render_report(result)
     assert "Nothing found" in page

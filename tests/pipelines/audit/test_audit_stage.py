@@ -10,16 +10,20 @@ import pytest
 
 from pipelines.audit.baselines import bag_of_words, dense_logistic, logistic, mean_difference
 from pipelines.audit.concepts import concept_from_dict, examples_of
+from pipelines.audit.confirm import youden_threshold
 from pipelines.audit.examples import Example
 from pipelines.audit.ledger import Ledger
 from pipelines.audit.manifest import read_manifest
 from pipelines.audit.result import AuditResult, load_result
-from pipelines.audit.stage import AuditSettings, audit_concept, youden_threshold
+from pipelines.audit.settings import AuditSettings
+from pipelines.audit.stage import audit_concept
 from pipelines.audit.statistics import associate, auroc, holm, permutation_p
+from pipelines.audit.views import View
 
 N, D_SAE, D_IN = 160, 300, 24
-SETTINGS = AuditSettings(n_permutations=300, n_confirm_permutations=999, max_candidates=10)
+SETTINGS = AuditSettings(n_permutations=300, n_confirm_permutations=999, n_simulated=50, max_candidates=10)
 DICTIONARY = {"name": "main", "hook": "model.layers.8"}
+ARRAYS = {"dense", "mean_latents", "reconstruction", "error", "random", "corpus", "directions", "labels"}
 
 
 def neutral_texts(seed: int) -> list[str]:
@@ -51,13 +55,10 @@ def run(tmp_path, scores, concept=None, **options) -> AuditResult:
     concept = concept or demo_concept()
     tmp_path.mkdir(exist_ok=True)
     fresh = Ledger(Path(tempfile.mkdtemp(dir=tmp_path)) / "ledger.jsonl")
-    options = {
-        "dictionary": DICTIONARY,
-        "settings": SETTINGS,
-        "dense": dense_activations(1.0),
-        "ledger": fresh,
-    } | options
-    return audit_concept(concept, examples_of(concept), scores, tmp_path / "audit", **options)
+    arrays = {"dense": dense_activations(1.0)} | {key: options.pop(key) for key in ARRAYS & options.keys()}
+    views = options.pop("views", None) or [View(identity=DICTIONARY, scores=scores, **arrays)]
+    options = {"settings": SETTINGS, "ledger": fresh} | options
+    return audit_concept(concept, examples_of(concept), views, tmp_path / "audit", **options)
 
 
 def planted(effect=2.5):
@@ -73,14 +74,14 @@ def test_a_planted_latent_is_detected_and_nothing_else(tmp_path):
     assert result.verdict.low > 0.7
     v = result.verdict
     assert v.sentence == (
-        "Latent 42 detects text about demo, on texts that had no part in choosing it: "
+        "Latent 42 responds to text about demo and detects it, on texts that had no part in choosing it: "
         f"AUROC {v.auroc:.2f} ({v.low:.2f}–{v.high:.2f})."
     )
     assert [c.latent for c in result.candidates if c.claim != "not_confirmed"] == [42]
     best = next(c for c in result.candidates if c.latent == 42)
     assert best.label == "' plant'"
     assert best.p_holm <= 0.05
-    assert best.hard_negative_auroc == best.auroc
+    assert best.hard_negatives.auroc == best.auroc
     assert best.auroc > result.shuffled_null.upper
 
 
@@ -88,14 +89,14 @@ def test_nothing_planted_gives_nothing_found_with_the_effect_that_would_have_bee
     result = run(tmp_path, noise())
     assert result.verdict.level == "nothing_found"
     assert result.verdict.latent is None
-    assert result.verdict.sentence.endswith(
-        "Ignoring ties, a design of this size finds a latent with a true AUROC of about "
-        f"{result.verdict.minimum_detectable_auroc:.2f} about 80 times of 100."
+    assert (
+        f"A latent with a true AUROC of {result.verdict.minimum_detectable_auroc:.2f} or more would have been seen"
+        in result.verdict.sentence
     )
     assert any("The model does carry the distinction" in limit for limit in result.limits)
     without = run(tmp_path, noise(), dense=dense_activations(0.0))
     assert not any("The model does carry" in limit for limit in without.limits)
-    assert 0.6 < result.verdict.minimum_detectable_auroc < 0.8
+    assert 0.7 < result.verdict.minimum_detectable_auroc < 0.9
 
 
 def test_a_weak_latent_is_associated_and_no_more(tmp_path):
@@ -103,7 +104,7 @@ def test_a_weak_latent_is_associated_and_no_more(tmp_path):
     scores[:, 42] = np.maximum(np.random.default_rng(1).normal(size=N) + 0.75 * (np.arange(N) < N // 2), 0)
     result = run(tmp_path, scores)
     assert result.verdict.level == "associated"
-    assert "that it detects such text is not shown" in result.verdict.sentence
+    assert "that it detects them is not shown" in result.verdict.sentence
 
 
 def test_a_planted_confound_is_stamped_and_caps_the_claim(tmp_path):
@@ -156,10 +157,13 @@ def test_the_manifest_is_written_first_and_its_hash_is_in_the_result(tmp_path, m
 
     result = run(tmp_path, planted())
     assert result.manifest_sha256 == read_manifest(tmp_path / "audit" / "manifest.json").sha256
-    monkeypatch.setattr("pipelines.audit.stage.associate", stop)
+    monkeypatch.setattr("pipelines.audit.stage.search", stop)
     with pytest.raises(RuntimeError, match="stopped"):
         audit_concept(
-            demo_concept(), examples_of(demo_concept()), planted(), tmp_path / "stopped", dictionary=DICTIONARY
+            demo_concept(),
+            examples_of(demo_concept()),
+            [View(identity=DICTIONARY, scores=planted())],
+            tmp_path / "stopped",
         )
     assert [p.name for p in (tmp_path / "stopped").iterdir()] == ["manifest.json"]
 
@@ -168,7 +172,7 @@ def test_redacted_concepts_leave_no_text_in_any_artefact(tmp_path):
     concept = demo_concept(redact=True)
     run(tmp_path, planted(), concept=concept)
     for path in (tmp_path / "audit").iterdir():
-        content = path.read_text()
+        content = path.read_bytes().decode(errors="replace")
         assert not any(item.content in content for item in (*concept.positives, *concept.hard_negatives))
 
 
@@ -198,7 +202,11 @@ def test_positives_that_no_confirmed_latent_sees_are_counted(tmp_path):
 def test_paired_examples_stay_together_and_are_audited(tmp_path):
     examples = [replace(e, group=f"pair{i % (N // 2)}") for i, e in enumerate(examples_of(demo_concept()))]
     result = audit_concept(
-        demo_concept(), examples, planted(), tmp_path / "pairs", dictionary=DICTIONARY, settings=SETTINGS
+        demo_concept(),
+        examples,
+        [View(identity=DICTIONARY, scores=planted())],
+        tmp_path / "pairs",
+        settings=SETTINGS,
     )
     assert result.verdict.latent == 42
     assert result.counts["confirm"].groups == 24
