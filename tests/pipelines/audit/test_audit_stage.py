@@ -195,7 +195,7 @@ def test_positives_that_no_confirmed_latent_sees_are_counted(tmp_path):
     confirm = [i for i, e in enumerate(result.examples) if e.part == "confirm" and e.role == "positive"]
     best = next(c for c in result.candidates if c.latent == 42)
     expected = np.mean([best.scores[i] <= best.threshold for i in confirm])
-    assert result.unseen_share == pytest.approx(expected, abs=1e-6)
+    assert result.completeness.unseen_share == pytest.approx(expected, abs=1e-6)
     assert any("seen by none of the confirmed latents" in limit for limit in result.limits)
 
 
