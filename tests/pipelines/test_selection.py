@@ -14,7 +14,7 @@ from pipelines.chat import ROLES
 from pipelines.collect import Harvester, open_store, prepare_store
 from pipelines.config import RunConfig
 from pipelines.documents import documents_of
-from pipelines.encode import pool_documents
+from pipelines.encode import Reader, pool_documents
 from pipelines.errors import RunError, UsageError
 from pipelines.evaluate import evaluate
 from pipelines.evaluation import evaluate_reconstruction, evaluate_splice
