@@ -238,7 +238,8 @@ def _counted(reader: Reader, captured: dict[str, Tensor], real: Tensor) -> Tenso
     """Tokens that are no sinks."""
     if reader.sink_norm is None:
         return real
-    return real & (captured[reader.dictionary.required_hook_name].float().cpu().norm(dim=-1) < reader.sink_norm)
+    norms: Tensor = captured[reader.dictionary.required_hook_name].float().cpu().norm(dim=-1)
+    return real & (norms < reader.sink_norm)
 
 
 class _Pool:
