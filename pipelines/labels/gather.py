@@ -22,7 +22,7 @@ from pipelines.labels.llm.ledger import Ledger
 from pipelines.labels.llm.worker import Worker
 from pipelines.labels.neighbours import nearest_neighbours
 from pipelines.labels.others import Ask, Material, Others, OthersSummary
-from pipelines.labels.rows import Row, preferred, replace_rows, row
+from pipelines.labels.rows import Row, preferred, read_rows, replace_rows, row
 from pipelines.labels.stage import read_token_table
 from pipelines.labels.tables import ParquetFile
 from pipelines.progress import Reporter
@@ -125,14 +125,18 @@ def _predicate_rows(folder: Path) -> list[Row]:
         "latent": "latent",
         "candidate": "label",
         "labelled": "passed",
+        "label_source": "shown",
         "rule_family": "family",
         "detection_tpr": "tpr",
         "detection_precision": "precision",
         "detection_balanced_accuracy": "tested",
     }
     found = pq.read_table(folder / "features.parquet", columns=list(columns)).rename_columns(list(columns.values()))
+    before = {old["latent"]: old["passed"] for old in read_rows(folder) if old["source"] == PREDICATE}
     rows = []
     for rule in found.to_pylist():
+        if rule["shown"] not in (None, PREDICATE):  # `labelled` is about somebody else's label there
+            rule["passed"] = before[rule["latent"]]
         status = "abstained" if rule["label"] is None else "untested" if rule["tested"] is None else "tested"
         rows.append(
             row(

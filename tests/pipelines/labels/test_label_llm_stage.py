@@ -7,12 +7,15 @@ from contextlib import contextmanager
 
 import pyarrow.parquet as pq
 import pytest
-from llm_runs import gather_labels, with_llm
+from llm_runs import gather_labels, truth_server, with_llm
 
+from pipelines.config import RunConfig
 from pipelines.errors import RunError, UsageError
+from pipelines.labels.external.shelf import Shelf, read_labels_of
+from pipelines.labels.importing import import_labels
 from pipelines.labels.run import label
 from pipelines.progress import SilentReporter
-from pipelines.run import Run, validate
+from pipelines.run import Run, save_config, validate
 from pipelines.rundir import RunDir
 from tests.hostile_server import HostileServer
 
@@ -188,3 +191,112 @@ def test_where_and_how_fast_is_no_reason_to_label_again(labelled, tmp_path):
     moved = with_llm(labelled, tmp_path / "b", "http://127.0.0.1:10/v1", n_workers=2, endpoint={"concurrency": 9})
     other = with_llm(labelled, tmp_path / "c", "http://127.0.0.1:9/v1", endpoint={"model": "another"})
     assert run.keys["label"] == moved.keys["label"] != other.keys["label"]
+
+
+# ---- labels of other people ------------------------------------------------------------------------------------------
+
+
+def shelve(run: Run, tmp_path, labels: dict[int, str], source: str = "human:Ada", **options) -> None:
+    file = tmp_path / "labels.csv"
+    file.write_text("latent,label\n" + "".join(f"{latent},{label}\n" for latent, label in labels.items()))
+    found, _ = read_labels_of(file, source, date="2026-05-31")
+    Shelf(run.dir.imports("main")).put(found, 96, **options)
+
+
+def rare(run: Run, n: int) -> list[int]:
+    """Latents that fire some twenty times on held-out documents: windows without a firing exist."""
+    features = pq.read_table(run.dir.labels("main") / "features.parquet").to_pylist()
+    by = sorted(features, key=lambda row: abs(row["n_heldout_active"] - 20))
+    return sorted(row["latent"] for row in by[:n])
+
+
+def test_true_label_with_a_judge_that_knows_passes_every_test(labelled, tmp_path):
+    chosen = rare(labelled, 8)
+    run = with_llm(labelled, tmp_path / "run", "http://127.0.0.1:9/v1", prefer=["human", "predicate"])
+    server = truth_server(run, chosen)
+    llm = {"judge": {"base_url": server.base_url, "model": "judge"}, "others": 4, "neighbours": 2}
+    data = run.config.model_dump(mode="json")
+    run = Run(RunConfig.model_validate(data | {"label": data["label"] | {"llm": llm}}), run.dir)
+    shelve(run, tmp_path, {latent: f"unit {latent}" for latent in chosen})
+    figures = gather_labels(run)
+    server.close()
+    rows = made_by(run, "human:Ada")
+    assert [row["latent"] for row in rows] == chosen
+    for row in rows:
+        assert (row["judge"], row["author"], row["date"]) == ("llm:judge", "Ada", "2026-05-31")
+        assert (row["tpr"], row["detection_random"], row["fuzz"]) == (1, 1, 1)
+        assert row["n_failed"] == row["n_fuzz_failed"] == row["n_mismatch_failed"] == 0
+    assert figures["label_human_Ada_n_tested"] == 8
+    passed = {row["latent"] for row in rows if row["passed"]}
+    assert passed
+    features = pq.read_table(run.dir.labels("main") / "features.parquet").to_pylist()
+    before = pq.read_table(labelled.dir.labels("main") / "features.parquet").to_pylist()
+    for row, old in zip(features, before, strict=True):
+        if row["latent"] in passed:
+            assert (row["label"], row["label_source"]) == (f"unit {row['latent']}", "human:Ada")
+            assert (row["label_kind"], row["labelled"]) == ("human", True)
+        else:
+            assert row == old
+    back = Run(labelled.config, run.dir)
+    gather_labels(back)
+    assert pq.read_table(run.dir.labels("main") / "features.parquet").to_pylist() == before
+
+
+def test_labels_of_others_are_judged_by_words_without_an_endpoint_and_outlive_every_rerun(labelled, tmp_path):
+    run = Run(labelled.config, RunDir(shutil.copytree(labelled.dir.path, tmp_path / "run")))
+    shelve(run, tmp_path, {3: "rivers", 5: "the words of the text"})
+    gather_labels(run, only=frozenset({"human:Ada"}))
+    rows = rows_of(run)
+    assert [row for row in rows if row["source"] == "predicate"] == rows_of(labelled)
+    rivers, nothing = (row for row in rows if row["source"] == "human:Ada")
+    assert rivers["judge"] == nothing["judge"] == "lexical"
+    assert (rivers["n_failed"], nothing["n_failed"]) == (0, nothing["n_positive"] + nothing["n_negative"])
+    assert json.loads(rivers["provenance"])["file"] == "labels.csv"
+
+    shelve(run, tmp_path, {3: "streams"}, source="csv:mine")
+    off = RunConfig.model_validate(run.config.model_dump(mode="json") | {"label": {"enabled": False}})
+    label(off, run.dir, SilentReporter())
+    assert not run.dir.labels("main").exists()
+    label(run.config, run.dir, SilentReporter())
+    again = rows_of(run)
+    assert [row for row in again if row["source"] == "human:Ada"] == [rivers, nothing]
+    assert [row["label"] for row in again if row["source"] == "csv:mine"] == ["streams"]
+    assert len(again) == 96 + 3
+
+
+def test_import_tests_at_once_and_writes_the_dictionary_anew(labelled, tmp_path):
+    run = Run(labelled.config, RunDir(shutil.copytree(labelled.dir.path, tmp_path / "run")))
+    save_config(run)
+    run.dir.mark_finished("label", run.keys["label"], 1.0)
+    run.dir.dictionary("main").mkdir(parents=True)
+    file = tmp_path / "ada.yaml"
+    file.write_text("author: Ada\ndate: 2026-05-31\nlabels:\n  3: rivers\n  5: metals\n")
+    assert import_labels(run.dir.path, file, "human", SilentReporter())["n_new"] == 2
+    exported = pq.read_table(run.dir.dictionary("main") / "labels.parquet").to_pylist()
+    assert [(row["latent"], row["status"]) for row in exported if row["source"] == "human:Ada"] == [
+        (3, "tested"),
+        (5, "tested"),
+    ]
+    assert run.dir.metrics()["main.label_human_Ada_n_tested"] == 2
+    again = import_labels(run.dir.dictionary("main"), file, "human", SilentReporter())
+    assert (again["n_new"], again["n_known"]) == (0, 2)
+    assert pq.read_table(run.dir.dictionary("main") / "labels.parquet").to_pylist() == exported
+
+
+def test_explainer_and_judge_may_be_different_endpoints(labelled, tmp_path, monkeypatch):
+    monkeypatch.setenv("KEY_A", "aaa")
+    monkeypatch.setenv("KEY_B", "bbb")
+    with serving(lambda *_: "obey") as explainer, serving(lambda *_: "obey") as judge:
+        run = with_llm(
+            labelled,
+            tmp_path / "run",
+            explainer.base_url,
+            endpoint={"api_key_env": "KEY_A"},
+            judge={"base_url": judge.base_url, "model": "j", "api_key_env": "KEY_B"},
+        )
+        gather_labels(run)
+        assert len(explainer.seen) == 6
+        assert len(judge.seen) > 30
+        assert {headers["Authorization"] for headers in explainer.headers} == {"Bearer aaa"}
+        assert {headers["Authorization"] for headers in judge.headers} == {"Bearer bbb"}
+    assert {row["judge"] for row in made_by(run)} == {"llm:j"}
