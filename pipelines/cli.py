@@ -339,4 +339,5 @@ def init(
     print(f"wrote {path}; read it, then: sae run {path}")
 
 
-import pipelines.cli_labels  # noqa: E402, F401  its command needs what stands above
+import pipelines.cli_compare  # noqa: E402  their commands need what stands above
+import pipelines.cli_labels  # noqa: E402, F401

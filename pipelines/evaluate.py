@@ -52,7 +52,7 @@ def evaluate(config: RunConfig, run: RunDir, ui: Reporter) -> dict[str, dict[str
             seed=config.seed,
             ui=ui,
         )
-    write_json(run.evaluation_path, evaluation_record(_data(config, store), found))
+    write_json(run.evaluation_path, evaluation_record(measured_on(config, store), found))
     for name, evaluation in found.items():
         run.update_metrics(name, evaluation.flat())
     return {name: evaluation.flat() for name, evaluation in found.items()}
@@ -95,7 +95,7 @@ def _groups(config: RunConfig, run: RunDir) -> Iterator[Mapping[str, Dictionary]
     yield group
 
 
-def _data(config: RunConfig, store: ActivationStore) -> dict[str, Any]:
+def measured_on(config: RunConfig, store: ActivationStore) -> dict[str, Any]:
     """What the figures were measured on; two evaluations with the same can be compared."""
     provenance = store.spec.provenance
     return {

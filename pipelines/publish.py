@@ -1,10 +1,13 @@
 """Publishing dictionaries to a repository of the Hugging Face Hub: one, or a suite, in one call and one commit."""
 
+import hashlib
+import json
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipelines.card import index_card
 from pipelines.errors import RunError, UsageError
@@ -22,9 +25,12 @@ PUBLISHED = (
     "features.parquet",
     "examples.parquet",
     "labels.parquet",
+    "evaluation.json",
     "README.md",
 )
 """The files of a dictionary folder that go to the Hub; others may lie there for reasons of their own."""
+_LOCAL = re.compile(r"(?:/|~[/\\]|\.{1,2}[/\\]|[A-Za-z]:[/\\]|file://)\S")
+"""How the path of a file of this machine begins."""
 TEXT_COLUMNS = ("token_ids", "values", "text")
 """Columns of examples.parquet that quote the texts."""
 
@@ -43,7 +49,8 @@ def publish(
     """Upload a dictionary folder, or a folder of several, in one commit; the repository is made if it does not exist.
 
     Every dictionary is loaded and its hashes compared first, so that nothing damaged is published. A suite keeps its
-    subfolders, and the repository gets an index of all dictionaries in it as README.md.
+    subfolders, and the repository gets an index of all dictionaries in it as README.md. Of local files that the
+    provenance names, the folders are left out; names and hashes stay.
 
     Args:
         folder: of a dictionary, or one with dictionaries below it, such as a run's `dictionaries`.
@@ -63,15 +70,16 @@ def publish(
     source, base = Path(folder), _base(path_in_repo)
     found = {name: _checked(source / name) for name in _own(source)}
     files: dict[str, Path | bytes] = {}
+    places: dict[str, str] = {}
     for name in found:
-        for file, content in _contents(source / name, without_text).items():
+        for file, content in _contents(source / name, without_text, places).items():
             files[(base / name / file).as_posix()] = content
     api = HfApi(token=token)
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
         index = _index(api, repo_id, revision, {(base / name).as_posix(): d for name, d in found.items()})
         if index is not None:
-            files["README.md"] = index.encode()
+            files["README.md"] = _replaced(index, places).encode()
         with warnings.catch_warnings():
             # The tables belong to the model: they are not a data set that went astray.
             warnings.filterwarnings("ignore", message="It seems that you are about to commit a data file")
@@ -118,15 +126,66 @@ def _checked(folder: Path) -> Dictionary:
         raise UsageError(f"a damaged dictionary is not published: {error}") from error
 
 
-def _contents(folder: Path, without_text: bool) -> dict[str, Path | bytes]:
-    """What is published of a folder: files as they are, or what stands in their place."""
+def _with_names(folder: Path, places: dict[str, str]) -> dict[str, bytes]:
+    """The JSON files and the card with the names of local files in place of where they lie here.
+
+    Hashes say what the files were; their folders say who works where, and mean nothing elsewhere. Empty if there are
+    none. `places` gets every path that was replaced, with its name.
+    """
+    here: dict[str, str] = {}
+    cfg, record = (
+        _named(json.loads((folder / name).read_text(encoding="utf-8")), here)
+        for name in ("cfg.json", "dictionary.json")
+    )
+    if not here:
+        return {}
+    places |= here
+    files = {"cfg.json": _json_bytes(cfg)}
+    record["sha256"]["cfg.json"] = hashlib.sha256(files["cfg.json"]).hexdigest()
+    files["dictionary.json"] = _json_bytes(record)
+    for name in ("README.md", "evaluation.json"):
+        if (folder / name).is_file():
+            files[name] = _replaced((folder / name).read_text(encoding="utf-8"), here).encode()
+    return files
+
+
+def _json_bytes(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def _replaced(text: str, places: Mapping[str, str]) -> str:
+    for place in sorted(places, key=len, reverse=True):
+        text = text.replace(place, places[place])
+    return text
+
+
+def _named(value: Any, places: dict[str, str]) -> Any:
+    """The JSON value with local paths replaced by their last part; `places` gets every one that was replaced."""
+    if isinstance(value, dict):
+        return {key: _named(part, places) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_named(part, places) for part in value]
+    if isinstance(value, str):
+        # cfg.json joins the texts' origins with commas.
+        parts = value.split(", ")
+        for i, part in enumerate(parts):
+            if _LOCAL.match(part):
+                places[part] = parts[i] = re.split(r"[/\\]", part.rstrip("/\\"))[-1] or "local"
+        return ", ".join(parts)
+    return value
+
+
+def _contents(folder: Path, without_text: bool, places: dict[str, str]) -> dict[str, Path | bytes]:
+    """What is published of a folder: files as they are, or what stands in their place; see `_with_names`."""
     found: dict[str, Path | bytes] = {name: folder / name for name in PUBLISHED if (folder / name).is_file()}
+    found |= _with_names(folder, places)
     if "README.md" not in found:
         raise UsageError(f"{folder} has no README.md, the model card: `sae export` writes one, or write your own")
     if without_text and "examples.parquet" in found:
         found["examples.parquet"] = _without_text(folder / "examples.parquet")
         note = "\n`examples.parquet` names documents and offsets only; their texts are not part of this repository.\n"
-        found["README.md"] = ((folder / "README.md").read_text(encoding="utf-8") + note).encode()
+        card = found["README.md"]
+        found["README.md"] = (card if isinstance(card, bytes) else card.read_bytes()) + note.encode()
     return found
 
 

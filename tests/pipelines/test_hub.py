@@ -194,6 +194,44 @@ except FileNotFoundError as error:
     assert "install sae-lens" in answer["missing"]
 
 
+def test_no_folder_of_this_machine_is_published(client: Client, tmp_path: Path) -> None:
+    """Names and hashes of local files stay; where they lay is in no file, and what was sent still loads verified."""
+    home = tmp_path / "private" / "anna"
+    provenance = PROVENANCE | {
+        "model_name": str(home / "models" / "tiny-llama"),
+        "model": {"source": str(home / "models" / "tiny-llama"), "weights_sha256": "ab" * 32},
+        "text": [{"origin": str(home / "texts.jsonl"), "sha256": "cd" * 32}, {"origin": "../more/other.txt"}],
+        "imported_from": {"path": "C:\\Users\\anna\\sae", "hook_names": ["model.layers.8:output"]},
+        "packing": {"template": "~/chat.jinja"},
+    }
+    for name in ("one", "two"):
+        folder = exported(tmp_path / "suite" / name)
+        dictionary = Dictionary.load(folder)
+        dictionary.metadata |= {"dataset_path": f"{home / 'texts.jsonl'}, ../more/other.txt", "model_name": "org/model"}
+        dictionary.save(folder, provenance=provenance, overwrite=True)
+        (folder / "README.md").write_text(model_card("tiny / main", Dictionary.load(folder), {}))
+        (folder / "evaluation.json").write_text(json.dumps({"data": {"model": str(home / "models" / "tiny-llama")}}))
+    code = """
+from pipelines.hub import publish
+publish(args[0], "me/local", token="hf_secret")
+d = Dictionary.load("me/local/one", token="hf_secret", verify=True)
+answer |= {"provenance": d.provenance, "metadata": d.metadata}
+"""
+    answer = client.run(code, tmp_path / "suite")
+    files = client.hub.repositories["me/local"][1]
+    assert {"one/evaluation.json", "one/README.md", "two/cfg.json", "README.md"} <= files.keys()
+    for name, content in files.items():
+        for trace in (b"anna", b"private", b"../more", b"~/"):
+            assert trace not in content, (name, trace)
+    found = answer["provenance"]
+    assert found["model"] == {"source": "tiny-llama", "weights_sha256": "ab" * 32}
+    assert found["text"] == [{"origin": "texts.jsonl", "sha256": "cd" * 32}, {"origin": "other.txt"}]
+    assert found["imported_from"] == {"path": "sae", "hook_names": ["model.layers.8:output"]}
+    assert answer["metadata"]["dataset_path"] == "texts.jsonl, other.txt"
+    assert (answer["metadata"]["model_name"], found["packing"]) == ("org/model", {"template": "chat.jinja"})
+    assert b"tiny-llama" in files["one/README.md"]
+
+
 def test_what_was_fetched_loads_without_a_network(
     client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
