@@ -67,8 +67,8 @@ They apply to what is derived from them. {_about_contexts(texts)}
 
 ## Files
 
-`features.parquet` has one row per latent, `examples.parquet` contexts, `dictionary.json` the full provenance; how the
-texts were packed:
+`features.parquet` has one row per latent, `examples.parquet` contexts, `evaluation.json` every figure with its interval
+and definition, `dictionary.json` the full provenance; how the texts were packed:
 
 ```json
 {json.dumps(provenance.get("packing"), indent=2)}

@@ -13,7 +13,7 @@ from pipelines.dictionaries import load_trained
 from pipelines.pages import write_pages
 from pipelines.pages.command import speller_or_none
 from pipelines.progress import Reporter
-from pipelines.rundir import PAGES, RunDir, replacing_directory, write_text
+from pipelines.rundir import PAGES, RunDir, read_json, replacing_directory, write_json, write_text
 from sae import Dictionary
 from storage import LatentStore
 
@@ -48,6 +48,10 @@ def export_dictionary(config: RunConfig, run: RunDir, name: str, ui: Reporter) -
         for table in ("examples.parquet", "labels.parquet"):
             if (run.labels(name) / table).exists():
                 shutil.copyfile(run.labels(name) / table, partial / table)
+        if run.evaluation_path.exists():
+            record = read_json(run.evaluation_path)
+            if name in record["saes"]:
+                write_json(partial / run.evaluation_path.name, record | {"saes": {name: record["saes"][name]}})
         write_text(partial / "README.md", model_card(f"{config.name} / {name}", dictionary, metrics))
         if features is not None:
             shown = Dictionary.load(partial)

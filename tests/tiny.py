@@ -12,6 +12,7 @@ DICTIONARY_FILES = {
     "sae_weights.safetensors",
     "sparsity.safetensors",
     "dictionary.json",
+    "evaluation.json",
     "features.parquet",
     "examples.parquet",
     "labels.parquet",

@@ -54,6 +54,9 @@ def test_export_writes_everything_a_user_needs(complete, store):
     assert exported.metrics["fvu"] == complete.dir.metrics()["main.fvu"] != 0.123
     assert not any("mainly" in name for name in exported.metrics)  # another SAE's
     assert exported.features.equals(FEATURES)
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    assert evaluation["saes"].keys() == {"main"}
+    assert evaluation["saes"]["main"]["figures"]["fvu"]["value"] == exported.metrics["fvu"]
 
 
 def test_exported_firing_shares_are_those_of_the_latents(complete, store):
