@@ -137,6 +137,13 @@ class _Labelled:
         label: str | None = self.features[latent]["label"]
         return label
 
+    def origin(self, latent: int) -> str:
+        """Whose label that is."""
+        source = self.features[latent].get("label_source")
+        if source in (None, "predicate"):
+            return "a rule with a held-out test, made by sae-pipelines"
+        return f"by {source}; passed a held-out test of sae-pipelines"
+
     def dashboard(self, latent: int) -> dict[str, Any]:
         """One latent as SAEDashboard has it."""
         row = self.dictionary.W_dec[latent].float()
@@ -309,7 +316,7 @@ def _explanation(
             "authorId": publication.creator_id,
             "typeName": None,
             "explanationModelName": None,
-            "notes": "a rule with a held-out test, made by sae-pipelines",
+            "notes": labelled.origin(d["feature_index"]),
             "createdAt": publication.created,
         }
 

@@ -36,7 +36,7 @@ specific that a reader who sees only your phrase can point at such tokens in new
 passages support. The model reads from left to right, so the unit cannot know what follows a marked token. If the \
 passages have nothing in common, do not guess: set "found" to false and leave the phrase empty.
 
-Answer with a JSON object and nothing else: {{"found": true or false, "label": "the phrase"}}"""
+Answer with a JSON object and nothing else: {{"found": true or false, "label": "..."}}"""
 
 _DETECT = """\
 A unit of a language model fires on some tokens and is silent on all others. You are given a JSON object with a \

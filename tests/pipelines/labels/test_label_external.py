@@ -90,6 +90,9 @@ def test_what_we_export_for_neuronpedia_comes_back(tmp_path):
         def label(self, latent):
             return {0: "rivers", 5: 'a "quoted" ⟦label⟧'}.get(latent)
 
+        def origin(self, latent):
+            return "a rule"
+
     publication = Publication(model_id="tiny", source_set="res-24", creator_id="us", created="2026-01-02T00:00:00")
     lines = [line for i in range(8) for line in _explanation({"feature_index": i}, Labelled(), publication, "1-res-24")]
     write_lines(tmp_path / "explanations/batch-0.jsonl.gz", lines, compressed=True)

