@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -122,6 +122,12 @@ def outcome(out: Path) -> dict[str, Any]:
         record = json.loads(path.read_text())
         audits[path.parent.name] = {
             key: value for key, value in record.items() if key not in ("created", "seconds", "command")
+        } | {
+            # The ledger is the user's and outlives runs: a second opening has another place and time in it, and lists
+            # the first. Which plan opened which texts of which dictionaries, and whether it counts as reuse, is equal.
+            "opening": {
+                key: record["opening"][key] for key in ("manifest_sha256", "confirm_sha256", "dictionaries", "reused")
+            }
         }
     steps = [json.loads(line) for line in (out / "checkpoints/main/metrics.jsonl").read_text().splitlines()]
     return {
@@ -139,10 +145,21 @@ def outcome(out: Path) -> dict[str, Any]:
 def same_outcome(out: Path, other: Path) -> bool:
     """Whether two runs found the same; fails naming what differs."""
     ours, theirs = outcome(out), outcome(other)
-    # Compared as text, where NaN equals itself.
-    differing = [key for key in ours if repr(ours[key]) != repr(theirs[key])]
-    assert not differing, f"{out} and {other} differ in {differing}"
+    differing = [line for key in ours for line in differences(ours[key], theirs[key], key)]
+    assert not differing, f"{out} and {other} differ in\n" + "\n".join(differing[:20])
     return True
+
+
+def differences(ours: Any, theirs: Any, at: str) -> Iterator[str]:
+    """Where two JSON values differ, a line for each place; NaN equals itself."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        for key in sorted({*ours, *theirs}, key=str):
+            yield from differences(ours.get(key, "nothing"), theirs.get(key, "nothing"), f"{at}.{key}")
+    elif isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
+        for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            yield from differences(a, b, f"{at}[{i}]")
+    elif repr(ours) != repr(theirs):
+        yield f"{at}: {repr(ours)[:100]} and {repr(theirs)[:100]}"
 
 
 # -- killing -----------------------------------------------------------------------------------------------------------
