@@ -126,7 +126,6 @@ def dictionary_stage(
 
 
 _dictionary_command("evaluate", "How faithful the dictionary is on held-out documents.")
-_dictionary_command("audit", "Which latents carry the configured concepts, and how sure we are.")
 
 
 def _bring(
@@ -339,5 +338,6 @@ def init(
     print(f"wrote {path}; read it, then: sae run {path}")
 
 
-import pipelines.cli_compare  # noqa: E402  their commands need what stands above
+import pipelines.cli_audit  # noqa: E402  their commands need what stands above
+import pipelines.cli_compare  # noqa: E402
 import pipelines.cli_labels  # noqa: E402, F401

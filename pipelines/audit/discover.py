@@ -79,11 +79,13 @@ def choose(
 
 def mentioned(label: str | None, concept: Concept) -> set[str]:
     """Words of the concept (its word list, query, title, name) that a label holds, whatever their endings."""
-    if not label:
-        return set()
+    return {w for w in words_of(concept) for other in words(label) if _same_stem(w, other)} if label else set()
+
+
+def words_of(concept: Concept) -> set[str]:
+    """Words by which a label mentions the concept."""
     given = (*concept.wordlist, concept.query or "", concept.display, re.sub(r"[_-]", " ", concept.name))
-    wanted = {w for text in given for w in words(text) if len(w) >= 4} - {"topic", "text", "texts", "about"}
-    return {w for w in wanted for other in words(label) if _same_stem(w, other)}
+    return {w for text in given for w in words(text) if len(w) >= 4} - {"topic", "text", "texts", "about"}
 
 
 def discover_record(found: Search, views: Sequence[View], alpha: float) -> Discover:

@@ -31,6 +31,10 @@ class ConceptRecord(_Record):
     description: str
     kind: Literal["text", "behaviour"]
     redacted: bool
+    of_topic: bool
+    """A topic of the corpus, a matter of vocabulary."""
+    words: list[str]
+    """Words by which labels mention it."""
 
 
 class Counts(_Record):
@@ -298,6 +302,8 @@ class ExampleRecord(_Record):
     group: str
     part: Part
     n_characters: int
+    chat: bool
+    """It is a chat, whose digest is of its messages and position rule; `text` holds the contents."""
     text: str | None
 
 
@@ -311,6 +317,8 @@ class AuditResult(_Record):
     """What identifies each audited dictionary; `name` is unique."""
     settings: dict[str, Any]
     manifest_sha256: str
+    scores_sha256: str
+    """Of the file scores.safetensors."""
     preflight: Preflight
     opening: Opening
     """The ledger's record of this opening of the confirm part, and of earlier ones."""

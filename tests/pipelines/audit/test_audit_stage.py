@@ -157,7 +157,7 @@ def test_the_manifest_is_written_first_and_its_hash_is_in_the_result(tmp_path, m
 
     result = run(tmp_path, planted())
     assert result.manifest_sha256 == read_manifest(tmp_path / "audit" / "manifest.json").sha256
-    monkeypatch.setattr("pipelines.audit.stage.search", stop)
+    monkeypatch.setattr("pipelines.audit.stage.before_opening", stop)
     with pytest.raises(RuntimeError, match="stopped"):
         audit_concept(
             demo_concept(),
