@@ -1,7 +1,8 @@
 """The data and the measure of `train_quality`, the same in our process and in the peers'. Needs only torch and numpy.
 
 A folder holds `train.npy` and `heldout.npy`, bfloat16 activations as uint16 (tokens, d_in) in the order in which every
-trainer gets them, and `sinks.npy`, which held-out tokens are attention sinks.
+trainer gets them, `calibration.npy`, more of them without attention sinks for thresholds, and `sinks.npy`, which
+held-out tokens are attention sinks.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,7 +33,7 @@ def measure(reconstruct: Reconstruct, folder: Path) -> dict[str, float]:
 
     is_sink = torch.from_numpy(np.load(folder / "sinks.npy"))
     sums: dict[bool, list[Any]] = {with_sinks: [0, 0.0, 0.0, 0.0] for with_sinks in (True, False)}
-    fired, active, low = 0, 0, 0
+    fired, active, low = torch.zeros(D_SAE, dtype=torch.bool), 0, 0
     with torch.no_grad():
         for x in rows(folder / "heldout.npy", BATCH):
             x_hat, on = reconstruct(x)

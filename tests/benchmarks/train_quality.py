@@ -34,6 +34,8 @@ from tests.benchmarks.quality_data import BATCH, D_SAE, N_STEPS, K, measure, row
 RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 PEERS = ("saelens", "dictionary_learning", "sparsify")
 OURS = ("topk", "batchtopk")
+N_CALIBRATION = 32
+"""Batches that set a threshold."""
 SCRIPT = ROOT / "tests" / "benchmarks" / "quality_peers.py"
 Result = dict[str, float]
 
@@ -50,6 +52,8 @@ def write_data(store: ActivationStore, hook: str, folder: Path) -> None:
     reader = ShuffledReader(store, hook, split="train", batch_size=BATCH, seed=0, exclude_sinks=False)
     d_in = store.spec.hook(hook).d_in
     _write(folder / "train.npy", islice(iter(reader), N_STEPS), BATCH * N_STEPS, d_in)
+    kept = ShuffledReader(store, hook, split="train", batch_size=BATCH, seed=0, exclude_sinks=True)
+    _write(folder / "calibration.npy", islice(iter(kept), N_CALIBRATION), BATCH * N_CALIBRATION, d_in)
     low, stop = store.split_range("heldout")
     contexts = ((at, min(at + 16, stop)) for at in range(low, stop, 16))
     heldout = (store.activations(hook, *each).reshape(-1, d_in) for each in contexts)
@@ -77,7 +81,7 @@ def ours(architecture: str, folder: Path) -> Result:
     trainer.fit(rows(folder / "train.npy", BATCH))
     sae = trainer.export()
     if (selecting := thresholded(sae)) is not None:
-        selecting.calibrate_threshold(islice(rows(folder / "train.npy", BATCH), 32))
+        selecting.calibrate_threshold(rows(folder / "calibration.npy", BATCH))
 
     def reconstruct(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         latents = sae.encode(x)
