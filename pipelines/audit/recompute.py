@@ -7,6 +7,7 @@ import numpy as np
 
 from pipelines.audit.beside import Column
 from pipelines.audit.bundle import Scores
+from pipelines.audit.causal.records import with_causal
 from pipelines.audit.concepts import Concept, Topic
 from pipelines.audit.examples import Example
 from pipelines.audit.findings import after_opening, before_opening
@@ -59,6 +60,8 @@ def recompute(result: AuditResult, stored: Mapping[str, Scores]) -> dict[str, An
         has_corpus=has_corpus,
     )
     found["preflight"] = _preflight(result, examples, settings, sum(v.scores.shape[1] for v in views))
+    if result.causal is not None:  # as recorded: it needs the model
+        found = with_causal(found, result.causal)
     return {key: _plain(value) for key, value in found.items()}
 
 

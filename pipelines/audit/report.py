@@ -11,8 +11,15 @@ from pipelines.audit.figures import best_candidate, figures, short
 from pipelines.audit.result import AuditResult, Candidate, ExampleRecord
 
 SHOWN = 5  # examples per list
-BADGE = {"robust": "Robust", "detects": "Detects", "associated": "Associated", "nothing_found": "Nothing found"}
+BADGE = {
+    "causal": "Causal",
+    "robust": "Robust",
+    "detects": "Detects",
+    "associated": "Associated",
+    "nothing_found": "Nothing found",
+}
 CLAIM = {
+    "causal": "causal",
     "robust": "robust",
     "detects": "detects",
     "associated": "associated",

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from pipelines.audit.causal.records import Causal
 from pipelines.audit.examples import Role
 from pipelines.audit.ledger import Opening
 from pipelines.audit.preflight import Preflight
@@ -16,7 +17,7 @@ from pipelines.audit.splits import Part
 
 SCHEMA_VERSION: Literal[2] = 2
 Claim = Literal["not_confirmed", "mentioned", "associated", "detects", "robust", "causal"]
-Level = Literal["nothing_found", "associated", "detects", "robust"]
+Level = Literal["nothing_found", "associated", "detects", "robust", "causal"]
 
 
 class _Record(BaseModel):
@@ -339,7 +340,8 @@ class AuditResult(_Record):
     limits: list[str]
     command: str
     seconds: float
-    causal: None = None
+    causal: Causal | None = None
+    """Null until causal tests have run."""
     suppression: None = None
     monitor: None = None
     comparison: None = None

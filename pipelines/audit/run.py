@@ -57,7 +57,7 @@ def audit(config: RunConfig, run: RunDir, ui: Reporter) -> dict[str, dict[str, A
         concept.name: key_of(
             digests,
             sha256_of(path),
-            config.audit.model_dump(mode="json"),
+            config.audit.model_dump(mode="json", exclude={"causal"}),
             config.seed,
             {name: sorted(found.items()) for name, found in labels.items()},
         )
@@ -82,6 +82,11 @@ def audit(config: RunConfig, run: RunDir, ui: Reporter) -> dict[str, dict[str, A
                 )
                 began = time.monotonic()
                 bar.advance(1)
+    if config.audit.causal.enabled:
+        from pipelines.audit.causal.stage import causal
+
+        causal(config, run, ui, [concept for _, concept in concepts])
+        lines = {c.name: line for _, c in concepts if (line := _finished(run, c.name, keys[c.name])) is not None}
     return {concept.name: lines[concept.name] for _, concept in concepts}
 
 

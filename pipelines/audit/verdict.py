@@ -8,7 +8,7 @@ The ladder, lowest first. `mentioned` needs no evidence and gives none; rungs ab
     detects         the lower bound at its level in the order of candidates is above `detects_above`, the AUROC above
                     what the same search reaches on shuffled labels, and neither words nor length explain it
     robust          the same bound, against hard negatives alone and on the out-of-distribution set
-    causal          reserved: nothing here switches a latent off
+    causal          robust, and changing it changes the outcome beyond its controls (`causal.records.with_causal`)
 
 Both tested rungs are controlled over the candidates of one concept: the chance that any of them wrongly reaches one is
 at most about alpha (Holm for the first, the fallback procedure for the second; `robust` asks more of the same latents).
@@ -27,7 +27,7 @@ RANK: dict[Claim, int] = {
     "robust": 3,
     "causal": 4,
 }
-LEVEL: dict[int, Level] = {0: "nothing_found", 1: "associated", 2: "detects", 3: "robust"}
+LEVEL: dict[int, Level] = {0: "nothing_found", 1: "associated", 2: "detects", 3: "robust", 4: "causal"}
 CLOSE = 0.02
 """Words explain a concept if they come this close to the model."""
 

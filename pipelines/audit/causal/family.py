@@ -24,6 +24,7 @@ from pipelines.audit.causal.inference import STOP_AFTER, RankTest, controls_need
 from pipelines.audit.causal.intervene import Bench, Delta
 from pipelines.audit.causal.outcomes import Outcome, SideEffects
 from pipelines.audit.statistics import holm
+from pipelines.errors import UsageError
 from sae import Dictionary
 
 Kind = Literal["necessity", "sufficiency"]
@@ -220,6 +221,12 @@ def dose_curve(dictionary: Dictionary, case: Case, settings: CausalSettings, *, 
         return np.stack([each.double().cpu().numpy() for each in changed])
 
     effects, costs = run(case.outcome).T - clean[:, None], run(price).mean(axis=1)
+    broken = ~np.isfinite(effects).all(axis=0) | ~np.isfinite(costs).all(axis=1)
+    if broken.any():
+        raise UsageError(
+            f"{case.name}, latents {list(case.latents)}: the model overflows at dose {doses[broken][0]:g}. Leave that "
+            "dose out."
+        )
     growth = costs[:, 1] / float(bench.clean(price)[:, 1].double().mean()) - 1
     return DoseCurve(
         doses=doses,
