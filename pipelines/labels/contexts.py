@@ -1,7 +1,12 @@
-"""Where to look: each latent's strongest contexts and a sample of every strength below, from train documents only.
+"""Where to look: each latent's strongest contexts and a sample of every strength below, from train documents.
 
     top        the strongest firings, at most one per document
     quantile   one firing drawn from each of n_quantiles * n_per_quantile equal ranks of strength (weakest first)
+
+and, from held-out documents, where a label is wrong:
+
+    miss         the strongest firings on which it does not hold
+    false alarm  silent tokens on which it holds
 
 A window is the tokens around the firing that belong to the same document piece of the same context.
 """
@@ -11,10 +16,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.labels.families import TokenTable
+from pipelines.labels.families import Family, TokenTable
 from pipelines.labels.firings import Firings
 
-KINDS = ("top", "quantile")
+KINDS = ("top", "quantile", "miss", "false alarm")
+MISS, FALSE_ALARM = 2, 3
 _DEPTH_PER_TOP = 32
 """How many of a latent's strongest firings are searched for one document each, as a multiple of n_top."""
 
@@ -139,3 +145,18 @@ def cut_windows(examples: Examples, firings: Firings, table: TokenTable, window:
         at = np.minimum(np.searchsorted(held, wanted), len(held) - 1)
         value = np.where((held[at] == wanted) & inside, firings.value[at], np.float32(0))
     return Windows(row, inside, value)
+
+
+def top_tokens_of(firings: Firings, family: Family, n_shown: int) -> list[list[str]]:
+    """Spellings of the token forms with most activation mass, for each latent of the block."""
+    width = len(family.names)
+    key, index = np.unique(firings.latent * width + family.code[firings.row], return_inverse=True)
+    mass = np.bincount(index.reshape(-1), weights=firings.value, minlength=len(key))
+    owner, code = key // width, key % width
+    by = np.lexsort((code, -mass, owner))
+    begins = np.searchsorted(owner[by], np.arange(firings.n_latents))
+    shown = np.flatnonzero(np.arange(len(by)) - begins[owner[by]] < n_shown)
+    words: list[list[str]] = [[] for _ in range(firings.n_latents)]
+    for latent, category in zip(owner[by][shown].tolist(), code[by][shown].tolist(), strict=True):
+        words[latent].append(family.names[category])
+    return words

@@ -6,23 +6,34 @@ on any text:
     token      the token, case-folded and stripped of white space        ' Battalion', ' battalion' -> battalion
     word       the word so far: the pieces since the word began, joined   ' batt', 'alion' -> battalion
     previous   the token before this one
+    earlier    the token two before this one
+    pair       the token before this one and this one
+    start      the first three characters of the word so far
+    end2, end3, end4    its last characters
     shape      capitalised word, number, punctuation, inside a word …
     position   distance from the start of the document piece
+    repeated   whether the token, or the pair, stood before in the document piece (what induction reads)
+    topic      of the document, where the text came with topics
 
-A causal model cannot know more of a word than has been read, hence the word *so far*. A new kind of label (topic,
-part of speech) is one more family: an integer per token and a name per category.
+A causal model cannot know more of a word than has been read, hence the word *so far*. A new kind of label (part of
+speech) is one more family: an integer per token and a name per category. Words that occurred earlier in the document
+are no category, since there are many at a time: see `mentions`.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-FAMILY_NAMES = ("token", "word", "previous", "shape", "position")
+FAMILY_NAMES = (
+    *("token", "word", "previous", "earlier", "pair", "start", "end2", "end3", "end4", "shape", "position"),
+    *("repeated", "topic"),
+)
+DOCUMENT_START = "the start of a document"
 SHAPES = (
     "capitalised words",
     "lower-case words",
@@ -36,6 +47,8 @@ SHAPES = (
 _CAPITALISED, _LOWER, _CAPITALS, _INSIDE, _NUMBER, _PUNCTUATION, _SPACE, _OTHER = range(len(SHAPES))
 _POSITION_EDGES = (1, 2, 3, 4, 8, 16, 32, 64, 128, 256)
 _MAX_PIECES = 8
+REPEATS = ("a token that is new in the document", "a token seen before", "a pair of tokens seen before")
+_TOO_SHORT = "a word that is too short"
 
 
 class Family(NamedTuple):
@@ -62,10 +75,15 @@ class TokenTable:
     """False for attention sinks and padding: such tokens take no part in fitting or scoring."""
     context_length: int
     n_train: int
+    topic: NDArray[np.int16] | None = None
+    """Index into `topics` of each token's document; None where the text has none."""
+    topics: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         n = len(self.token)
         sizes = {"document": len(self.document), "position": len(self.position), "usable": len(self.usable)}
+        if self.topic is not None:
+            sizes["topic"] = len(self.topic)
         if any(size != n for size in sizes.values()):
             raise ValueError(
                 f"Every column needs one entry per token: token has {n}, {sizes}. Rebuild the table from one store."
@@ -133,9 +151,13 @@ def build_families(table: TokenTable, token_strings: Sequence[str]) -> list[Fami
     inside = _inside_word(table.token, has_previous, token_strings)
     word, word_names = _words_so_far(form[table.token], inside, form_names)
 
-    no_previous = len(form_names)
-    previous = np.full(table.n_tokens, no_previous, np.int32)
-    previous[1:] = np.where(has_previous[1:], form[table.token[:-1]], no_previous)
+    own = form[table.token].astype(np.int32)
+    no_token = len(form_names)
+    previous = _lagged(own, has_previous, 1, no_token)
+    has_earlier = has_previous.copy()
+    has_earlier[1:] &= has_previous[:-1]
+    forms = [*form_names, DOCUMENT_START]
+    pair, pair_names = _pairs(previous, own, forms)
 
     shape = np.array([_shape(text) for text in token_strings], np.int32)[table.token]
     shape[inside & np.isin(shape, (_CAPITALISED, _LOWER, _CAPITALS))] = _INSIDE
@@ -144,13 +166,87 @@ def build_families(table: TokenTable, token_strings: Sequence[str]) -> list[Fami
     edges = (0, *_POSITION_EDGES)
     spans = [f"{a}" if b == a + 1 else f"{a} to {b - 1}" for a, b in pairwise(edges)]
     position_names = [*spans, f"{_POSITION_EDGES[-1]} and later"]
-    return [
-        Family("token", form[table.token], form_names),
+    families = [
+        Family("token", own, form_names),
         Family("word", word, word_names),
-        Family("previous", previous, [*form_names, "the start of a document"]),
+        Family("previous", previous, forms),
+        Family("earlier", _lagged(own, has_earlier, 2, no_token), forms),
+        Family("pair", pair, pair_names),
+        *(_affixes(word, word_names, name, cut) for name, cut in _AFFIXES.items()),
         Family("shape", shape, SHAPES),
         Family("position", position, position_names),
+        Family("repeated", _repeated(own, pair, table), REPEATS),
     ]
+    if table.topic is not None:
+        families.append(Family("topic", table.topic.astype(np.int32), table.topics))
+    return families
+
+
+_AFFIXES = {"start": slice(3), "end2": slice(-2, None), "end3": slice(-3, None), "end4": slice(-4, None)}
+
+
+class PairNames(Sequence[str]):
+    """Names of pairs of forms, spelled when they are asked for: there are many."""
+
+    def __init__(self, pairs: NDArray[np.int64], forms: Sequence[str]) -> None:
+        self._pairs, self._forms = pairs, forms
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        first, second = divmod(int(self._pairs[index]), len(self._forms))
+        before = self._forms[first]
+        return f"{'' if before == DOCUMENT_START else before}{self._forms[second]}"
+
+
+def _lagged(own: NDArray[np.int32], known: NDArray[np.bool_], lag: int, otherwise: int) -> NDArray[np.int32]:
+    code = np.full(len(own), otherwise, np.int32)
+    code[lag:] = np.where(known[lag:], own[:-lag], otherwise)
+    return code
+
+
+def _pairs(
+    previous: NDArray[np.int32], own: NDArray[np.int32], forms: Sequence[str]
+) -> tuple[NDArray[np.int32], PairNames]:
+    unique, index = np.unique(previous.astype(np.int64) * len(forms) + own, return_inverse=True)
+    return index.reshape(-1).astype(np.int32), PairNames(unique, forms)
+
+
+def _affixes(word: NDArray[np.int32], names: Sequence[str], name: str, cut: slice) -> Family:
+    """The beginnings or ends of words, of those alone that are longer."""
+    least = abs(cut.start or cut.stop)
+    known: dict[str, int] = {_TOO_SHORT: 0}
+    of_word = np.zeros(len(names), np.int32)
+    for i, text in enumerate(names):
+        text = text.strip().casefold()
+        if len(text) > least and text.isalpha():
+            of_word[i] = known.setdefault(text[cut], len(known))
+    return Family(name, of_word[word], list(known))
+
+
+def _repeated(own: NDArray[np.int32], pair: NDArray[np.int32], table: TokenTable) -> NDArray[np.int32]:
+    """0, 1 or 2 as in `REPEATS`."""
+    rows = np.arange(table.n_tokens)
+    piece = rows - np.minimum(table.position, rows % table.context_length)
+    starts = piece == rows
+    again = _seen_before(piece, own)
+    # The pair of a piece's first token reaches over its edge.
+    both = _seen_before(piece, np.where(starts, -1 - rows, pair))
+    return np.where(both, 2, np.where(again, 1, 0)).astype(np.int32)
+
+
+def _seen_before(piece: NDArray[np.int64], code: NDArray[np.integer[Any]]) -> NDArray[np.bool_]:
+    order = np.lexsort((np.arange(len(code)), code, piece))
+    result = np.zeros(len(code), bool)
+    result[order[1:]] = (piece[order[1:]] == piece[order[:-1]]) & (code[order[1:]] == code[order[:-1]])
+    return result
 
 
 def _forms(token: NDArray[np.int32], token_strings: Sequence[str]) -> tuple[NDArray[np.int32], list[str]]:

@@ -22,7 +22,7 @@ from pipelines.labels.llm.ledger import Ledger
 from pipelines.labels.llm.worker import Worker
 from pipelines.labels.neighbours import nearest_neighbours
 from pipelines.labels.others import Ask, Material, Others, OthersSummary
-from pipelines.labels.rows import Row, preferred, read_rows, replace_rows, row
+from pipelines.labels.rows import Row, preferred, replace_rows, row
 from pipelines.labels.stage import read_token_table
 from pipelines.labels.tables import ParquetFile
 from pipelines.progress import Reporter
@@ -31,6 +31,21 @@ from sae import Dictionary
 from storage import ActivationStore, LatentStore
 
 PREDICATE = "predicate"
+_SHARED = (
+    *(
+        f"{test}{end}"
+        for test in (
+            "detection_random",
+            "detection_same_token",
+            "detection_same_document",
+            "detection_neighbour",
+            "fuzz",
+        )
+        for end in ("", "_low", "_high")
+    ),
+    *("tpr_by_decile", "p_value", "mismatch_rank", "n_mismatch", "neighbour_rank", "n_neighbour"),
+)
+"""Columns that features.parquet and labels.parquet both have."""
 _N_NEIGHBOURS = 20
 
 
@@ -124,19 +139,16 @@ def _predicate_rows(folder: Path) -> list[Row]:
     columns = {
         "latent": "latent",
         "candidate": "label",
-        "labelled": "passed",
-        "label_source": "shown",
-        "rule_family": "family",
+        "survives": "passed",
+        "rule": "rule",
         "detection_tpr": "tpr",
         "detection_precision": "precision",
         "detection_balanced_accuracy": "tested",
+        **{name: name for name in _SHARED},
     }
     found = pq.read_table(folder / "features.parquet", columns=list(columns)).rename_columns(list(columns.values()))
-    before = {old["latent"]: old["passed"] for old in read_rows(folder) if old["source"] == PREDICATE}
     rows = []
     for rule in found.to_pylist():
-        if rule["shown"] not in (None, PREDICATE):  # `labelled` is about somebody else's label there
-            rule["passed"] = before[rule["latent"]]
         status = "abstained" if rule["label"] is None else "untested" if rule["tested"] is None else "tested"
         rows.append(
             row(
@@ -145,10 +157,11 @@ def _predicate_rows(folder: Path) -> list[Row]:
                 rule["label"],
                 status,
                 passed=rule["passed"] if status == "tested" else None,
-                method=None if rule["family"] is None else f'{{"family": "{rule["family"]}"}}',
+                method=rule["rule"],
                 judge=PREDICATE if status == "tested" else None,
                 tpr=rule["tpr"],
                 precision=rule["precision"],
+                **{name: rule[name] for name in _SHARED},
             )
         )
     return rows

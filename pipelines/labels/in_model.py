@@ -127,7 +127,7 @@ class InModel:
         }
 
     def _rows(self) -> list[dict[str, Any]]:
-        names = ["latent", "labelled", "rule_family", "rule_values", "density", "n_heldout_active"]
+        names = ["latent", "labelled", "rule", "density", "n_heldout_active"]
         rows: list[dict[str, Any]] = pq.read_table(self._features, columns=names).to_pylist()
         return rows
 

@@ -10,14 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 from pipelines.labels.rows import KINDS
 from pipelines.labels.trials import Others, Trials
-from pipelines.labels.verdicts import LabelScores, score_verdicts
-
-FDR = 0.05
-_DECISIVE = ("same_token", "same_document")
+from pipelines.labels.verdicts import decisive_p, score_verdicts, surviving
 
 
 class Verdicts(NamedTuple):
@@ -49,12 +45,12 @@ def score_columns(
     fuzzed = score_verdicts(fuzz, verdicts.fuzz, latents, density[latents])
     n_negative = np.bincount(np.searchsorted(latents, detect.latent[detect.kind > 0]), minlength=len(latents))
     n_fuzz = np.bincount(np.searchsorted(latents, fuzz.latent), minlength=len(latents))
-    p = _largest([scores.by_kind[kind].p for kind in _DECISIVE])
+    p = decisive_p(scores)
     ranks = [
         _ranks(trials.others[i], verdicts.mismatch[i], own)
         for i, own in zip(latents.tolist(), np.nan_to_num(scores.tpr.rate).tolist(), strict=True)
     ]
-    passed = _passed(scores, p, np.array([r["mismatch_rank"] or 1 for r in ranks]), min_detection)
+    passed = surviving(scores, p, np.array([r["mismatch_rank"] or 1 for r in ranks]), min_detection)
     found = {}
     for i, latent in enumerate(latents.tolist()):
         columns: dict[str, Any] = {"passed": bool(passed[i]), "p_value": _value(p[i])}
@@ -77,20 +73,6 @@ def score_columns(
     return found
 
 
-def _passed(
-    scores: LabelScores, p: NDArray[np.float64], rank: NDArray[np.int64], min_detection: float
-) -> NDArray[np.bool_]:
-    known = ~np.isnan(p)
-    significant = np.zeros(len(p), bool)
-    if known.any():
-        # A latent that could not be tested is no test and does not count among them.
-        significant[known] = stats.false_discovery_control(p[known]) <= FDR
-    for kind in _DECISIVE:
-        low = scores.by_kind[kind].low
-        significant &= np.isnan(low) | (low > min_detection)
-    return np.asarray(significant & (rank == 1), bool)
-
-
 def _ranks(others: Others, verdict: NDArray[np.float32], own: float) -> dict[str, int | None]:
     """Where the true latent stands among others, by the share of their windows in which the label holds.
 
@@ -107,13 +89,6 @@ def _ranks(others: Others, verdict: NDArray[np.float32], own: float) -> dict[str
         found[count] = len(which)
         found[rank] = 1 + int((shares >= own).sum()) if len(which) else None
     return found
-
-
-def _largest(values: list[NDArray[np.float64]]) -> NDArray[np.float64]:
-    """The largest of several numbers, NaN left out; NaN where all are."""
-    stacked = np.stack(values)
-    largest = np.where(np.isnan(stacked), -np.inf, stacked).max(0)
-    return np.asarray(np.where(np.isinf(largest), np.nan, largest), np.float64)
 
 
 def _with_bounds(name: str, value: float, low: float, high: float) -> dict[str, float | None]:

@@ -1,13 +1,15 @@
 """Labels run on texts that are in no store: edited contexts, for instance."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.labels.families import TokenTable, build_families
+from pipelines.labels.families import TokenTable
 from pipelines.labels.rerun import Text
+from pipelines.labels.rules import Views
 
 _LEAST = 4
 """Texts of a table, which needs two documents of each split."""
@@ -28,17 +30,13 @@ class LabelsOnTexts:
         if not len(texts):
             return result
         table = _table_of(texts)
-        last = np.arange(len(texts)) * table.context_length + [len(text) - 1 for text in texts]
-        for family in build_families(table, self._strings):
-            names = [name.strip().casefold() or name for name in family.names]
-            code_of = {name: code for code, name in enumerate(names)}
-            for latent in np.unique(latents).tolist():
-                row = self._rows[latent]
-                if row["labelled"] and row["rule_family"] == family.name:
-                    values = [value.strip().casefold() or value for value in row["rule_values"]]
-                    wanted = [code_of[value] for value in values if value in code_of]
-                    mine = latents == latent
-                    result[mine] = np.isin(family.code[last[mine]], wanted)
+        last = np.arange(len(texts)) * table.context_length + np.array([len(text) - 1 for text in texts], np.int64)
+        views = Views(table, self._strings)
+        for latent in np.unique(latents).tolist():
+            row = self._rows[latent]
+            if row["labelled"] and row["rule"] is not None:
+                mine = np.flatnonzero(latents == latent)
+                result[mine] = views.score(views.of_data(json.loads(row["rule"])), last[mine]) > 0
         return result
 
 

@@ -27,7 +27,7 @@ from pipelines.labels.llm.settings import LLMConfig
 from pipelines.labels.llm.tasks import Reader, choose_latents, make_tasks, train_passages
 from pipelines.labels.llm.worker import Outcome, Task
 from pipelines.labels.rows import Row, row
-from pipelines.labels.testset import Exam, HeldOutIndex
+from pipelines.labels.testset import Exam, SplitIndex
 from pipelines.labels.trials import Sizes, Trials, draw_trials, heldout_firings, of_latent
 from pipelines.progress import Reporter
 from storage import LatentStore
@@ -87,7 +87,7 @@ class Others:
         self._m, self._config, self._ask, self._ui = material, config, ask, ui
         self.trouble: RunError | None = None
         """Why the endpoints could not be asked to the end."""
-        self._index = HeldOutIndex(material.table, window=material.window)
+        self._index = SplitIndex(material.table, window=material.window)
         self._firings = heldout_firings(material.latents, self._index)
         self._density = self._firings.n_firings / max(1, len(self._index.rows))
         self._reader = Reader(material.table, material.token_strings, material.window)

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipelines.documents import documents_of
 from pipelines.labels.families import TokenTable
 from pipelines.labels.firings import Firings
 from pipelines.labels.labelling import label_latents
@@ -16,8 +17,12 @@ from pipelines.labels.settings import LabelSettings, LabelSummary
 from pipelines.progress import Reporter
 from pipelines.selection import Selection, kept
 from sae import Dictionary
+from storage import NotFoundError
 from storage.activations import ActivationStore
 from storage.latents import LatentStore
+
+_MOST_TOPICS = 1000
+"""More values than this in the column are no topics but titles, say."""
 
 
 def label_dictionary(
@@ -86,7 +91,7 @@ def read_token_table(
     selection: Selection | None = None,
     contexts_at_once: int = 4096,
 ) -> TokenTable:
-    """The tokens of a store, those usable that are selected and no attention sinks; 13 bytes a token."""
+    """The tokens of a store, those usable that are selected and no attention sinks; 15 bytes a token."""
     n, length = store.spec.n_contexts, store.spec.context_length
     columns: list[list[NDArray[Any]]] = [[], [], [], []]
     for start in range(0, n, contexts_at_once):
@@ -96,7 +101,10 @@ def read_token_table(
         for column, part in zip(columns, (contexts.tokens, contexts.document, contexts.position, usable), strict=True):
             column.append(np.asarray(part).reshape(-1))
     token, document, position, usable = (np.concatenate(column) for column in columns)
+    topic, topics = _topics(store, document)
     return TokenTable(
+        topic=topic,
+        topics=topics,
         token=token,
         document=document,
         position=position,
@@ -104,3 +112,16 @@ def read_token_table(
         context_length=length,
         n_train=store.spec.split_range("train")[1] * length,
     )
+
+
+def _topics(store: ActivationStore, document: NDArray[np.int32]) -> tuple[NDArray[np.int16] | None, list[str]]:
+    """Topic of each token's document; padding has the last one, none. None where the text came without topics."""
+    try:
+        named = documents_of(store).topic
+    except NotFoundError:  # a store that was made elsewhere
+        return None, []
+    names, code = np.unique(named, return_inverse=True)
+    if not 2 <= len(names) <= _MOST_TOPICS:
+        return None, []
+    of_document = np.append(code.reshape(-1), len(names)).astype(np.int16)
+    return of_document[np.where(document >= 0, document, len(names))], [*names.tolist(), "nothing"]

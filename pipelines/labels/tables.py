@@ -1,6 +1,7 @@
-"""The two files that labelling leaves: features.parquet (a row per latent), examples.parquet (a row per context).
+"""The files that labelling leaves: features.parquet (a row per latent), examples.parquet (a row per context) and
+counter_examples.parquet (the same, contexts in which a label is wrong).
 
-Both appear whole or not at all, examples first, so that a folder with features.parquet is finished. Their schema
+Each appears whole or not at all, examples first, so that a folder with features.parquet is finished. Their schema
 carries `schema_version`; a change of meaning is a new version.
 """
 
@@ -21,25 +22,31 @@ from pipelines.labels.contexts import KINDS, Examples, Windows
 from pipelines.labels.families import TokenTable
 from pipelines.rundir import fsync_directory
 
-SCHEMA_VERSION = "1"
+SCHEMA_VERSION = "2"
 _METADATA = {"schema_version": SCHEMA_VERSION}
 
 _STRINGS = pa.list_(pa.field("element", pa.string()))  # the name that Parquet gives it
+
+_LATENTS = pa.list_(pa.field("element", pa.int32()))
+_TESTS = [
+    (f"{name}{end}", pa.float32())
+    for name in ("detection_random", "detection_same_token", "detection_same_document", "detection_neighbour", "fuzz")
+    for end in ("", "_low", "_high")
+]  # balanced accuracy on held-out questions, 95 % interval, documents as clusters; 0.5 is chance
 
 FEATURES = pa.schema(
     [
         ("latent", pa.int32()),
         ("label", pa.string()),  # null unless `labelled`
         ("label_source", pa.string()),  # whose label that is: predicate, or as in labels.parquet
-        ("label_kind", pa.string()),  # token, word, previous, shape, position; "unlabelled"; "silent" = never fires
+        ("label_kind", pa.string()),  # view that its first condition is about; "unlabelled"; "silent" = never fires
         ("labelled", pa.bool_()),
         ("candidate", pa.string()),  # the fitted rule in English, whether or not it passed
-        (
-            "rule_family",
-            pa.string(),
-        ),  # the fitted rule as data: a token whose `rule_family` category is one of `rule_values`
-        ("rule_values", _STRINGS),
-        ("rule_bits", pa.float32()),  # description length saved on train documents
+        ("survives", pa.bool_()),  # labelled, and the label passes every test (see `verdicts.surviving`)
+        ("monosemanticity", pa.float32()),  # see `features.monosemanticity`
+        ("rule", pa.string()),  # the fitted rule as data: JSON, see `rules.Views.data`
+        ("rule_family", pa.string()),  # view that its first condition is about
+        ("rule_bits", pa.float32()),  # description length saved on questions about train documents
         ("rule_explained", pa.float32()),  # the same as a share of the description length without a rule
         ("promotes", _STRINGS),
         ("suppresses", _STRINGS),
@@ -53,6 +60,17 @@ FEATURES = pa.schema(
         ("detection_auroc", pa.float32()),
         ("detection_null", pa.float32()),  # mean balanced accuracy of this label on other random latents
         ("detection_mismatch_p", pa.float32()),  # share of those that it fits at least as well, itself counted
+        *_TESTS,
+        ("tpr_by_decile", pa.list_(pa.field("element", pa.float32()))),  # weakest tenth of the firings first
+        ("p_value", pa.float64()),  # the larger of those against same_token and same_document negatives
+        ("mismatch_rank", pa.int32()),  # of the latent among random others under its label; 1 is best
+        ("n_mismatch", pa.int32()),
+        ("neighbour_rank", pa.int32()),  # the same among nearest decoder neighbours
+        ("n_neighbour", pa.int32()),
+        ("near_duplicates", _LATENTS),  # see `relations`
+        ("splits_into", _LATENTS),
+        ("split_from", _LATENTS),
+        ("absorbed_by", _LATENTS),
         ("n_train_active", pa.int64()),
         ("n_heldout_active", pa.int64()),
         ("density", pa.float64()),  # share of usable tokens, both splits
@@ -65,7 +83,7 @@ FEATURES = pa.schema(
 EXAMPLES = pa.schema(
     [
         ("latent", pa.int32()),
-        ("kind", pa.string()),  # "top" or "quantile"
+        ("kind", pa.string()),  # "top" or "quantile"; "miss" or "false alarm" in counter_examples.parquet
         ("rank", pa.int16()),  # top: 0 is strongest; quantile: 0 is the weakest rank bin
         ("context", pa.int32()),
         ("offset", pa.int32()),  # of the firing within the context

@@ -16,6 +16,7 @@ gives no such negatives, one on which it fires nine times of ten gives few. Ever
 firings alone.
 """
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -26,6 +27,7 @@ from pipelines.labels.families import TokenTable
 from pipelines.labels.firings import Firings
 
 NEGATIVES = ("random", "same_token", "same_document", "neighbour", "same_window")
+_Drawn = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
 N_DECILES = 10
 _MAX_DRAWS = 8
 """Negatives of a kind drawn for one positive, at most."""
@@ -87,17 +89,20 @@ class Exam(NamedTuple):
         )
 
 
-class HeldOutIndex:
-    """Held-out tokens by token id and by document, for drawing.
+class SplitIndex:
+    """The tokens of one split by token id and by document, for drawing.
+
+    Labels are tested on the split `heldout`; the same questions about the split `train` are what rules are fitted to.
 
     Raises:
         ValueError: a document of a held-out token has train tokens too (checked by `TokenTable`).
     """
 
-    def __init__(self, table: TokenTable, *, window: int = 16) -> None:
+    def __init__(self, table: TokenTable, *, window: int = 16, split: str = "heldout") -> None:
         self.table = table
         self.window = window
-        self.rows = table.rows("heldout")
+        self.split = split
+        self.rows = table.rows(split)
         self._by_token, self._token_start = _postings(table.token[self.rows])
         self._by_document, self._document_start = _postings(table.document[self.rows])
 
@@ -121,13 +126,14 @@ class HeldOutIndex:
 def draw_test_set(
     firings: Firings,
     latents: NDArray[np.int64],
-    index: HeldOutIndex,
+    index: SplitIndex,
     neighbours: NDArray[np.int64],
     *,
     seed: int,
     n_per_decile: int = 50,
     n_negatives: int = 500,
     quiet_only: bool = False,
+    kinds: Sequence[str] = NEGATIVES,
 ) -> Exam:
     """Draw the questions of some latents.
 
@@ -137,6 +143,7 @@ def draw_test_set(
         neighbours: `[d_sae, k]` latents with the most similar decoder rows; k may be 0.
         n_per_decile: positives of each tenth; a latent with fewer firings gives all of them.
         n_negatives: most negatives of each kind.
+        kinds: of negatives to draw.
         quiet_only: only negatives in whose window the latent never fires (dense latents may have none).
 
     Raises:
@@ -148,8 +155,8 @@ def draw_test_set(
     wrong = np.flatnonzero(~held[firings.row])
     if len(wrong):
         raise ValueError(
-            f"A test may use held-out tokens only, but {len(wrong)} firings are elsewhere (first: token row "
-            f"{firings.row[wrong[0]]}). Pass the firings on usable held-out tokens."
+            f"Questions may be about {index.split} tokens only, but {len(wrong)} firings are elsewhere (first: "
+            f"token row {firings.row[wrong[0]]}). Pass the firings on usable {index.split} tokens."
         )
     mine = firings.take(latents)
     fires = _Membership(mine, table.n_tokens)
@@ -161,15 +168,18 @@ def draw_test_set(
         np.cumsum(per_positive[owner]) - per_positive[owner], per_positive[owner]
     )
     asked = _Asked(owner[again], anchor[again], latents[owner[again]], anchor[again] * _MAX_DRAWS + number, seed)
-    parts = [
-        _random_negatives(index, latents, seed, n_negatives),
-        asked.from_span(1, *index.occurrences(asked.anchor), index.occurrence),
-        asked.from_span(2, *index.in_document(asked.anchor), index.document_token),
-        _neighbour_negatives(firings, neighbours, latents, seed, n_negatives),
-        asked.wrong_tokens(4, index, held),
-    ]
+    draw: dict[str, Callable[[], _Drawn]] = {
+        "random": lambda: _random_negatives(index, latents, seed, n_negatives),
+        "same_token": lambda: asked.from_span(1, *index.occurrences(asked.anchor), index.occurrence),
+        "same_document": lambda: asked.from_span(2, *index.in_document(asked.anchor), index.document_token),
+        "neighbour": lambda: _neighbour_negatives(firings, neighbours, latents, seed, n_negatives),
+        "same_window": lambda: asked.wrong_tokens(4, index, held),
+    }
     columns = [(owner, np.zeros(len(owner), np.int8), anchor, anchor, positives[2], mine.value[positives[1]])]
-    for kind, (who, row, centre) in enumerate(parts, start=1):
+    for kind, name in enumerate(NEGATIVES, start=1):
+        if name not in kinds:
+            continue
+        who, row, centre = draw[name]()
         keep = ~fires(who, row)
         if quiet_only:
             keep &= fires.quiet(who, centre, table, index.window)
@@ -234,7 +244,7 @@ class _Asked(NamedTuple):
         return self.who, row, row
 
     def wrong_tokens(
-        self, stream: int, index: HeldOutIndex, held: NDArray[np.bool_]
+        self, stream: int, index: SplitIndex, held: NDArray[np.bool_]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         first, last = window_bounds(self.anchor, index.table, index.window)
         row = first + integers_below(last - first + 1, self.seed, stream, self.latent, self.number)
@@ -269,7 +279,7 @@ def _draws_per_positive(owner: NDArray[np.int64], n_latents: int, n_negatives: i
 
 
 def _random_negatives(
-    index: HeldOutIndex, latents: NDArray[np.int64], seed: int, n_negatives: int
+    index: SplitIndex, latents: NDArray[np.int64], seed: int, n_negatives: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     n_draws = n_negatives + n_negatives // 4 + 8
     who = np.repeat(np.arange(len(latents)), n_draws)

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.labels.firings import Firings, block_ranges
-from pipelines.labels.testset import N_DECILES, NEGATIVES, Exam, HeldOutIndex, draw_test_set
+from pipelines.labels.testset import N_DECILES, NEGATIVES, Exam, SplitIndex, draw_test_set
 from storage import LatentStore
 
 _WINDOW_KINDS = (0, *(NEGATIVES.index(kind) + 1 for kind in ("random", "same_token", "same_document", "neighbour")))
@@ -46,7 +46,7 @@ class Trials(NamedTuple):
     others: dict[int, Others]
 
 
-def heldout_firings(latents: LatentStore, index: HeldOutIndex, max_firings: int = 1_000_000) -> Firings:
+def heldout_firings(latents: LatentStore, index: SplitIndex, max_firings: int = 1_000_000) -> Firings:
     """Firings of the whole dictionary on usable held-out tokens; memory is that of these firings and of one block."""
     held = np.zeros(index.table.n_tokens, bool)
     held[index.rows] = True
@@ -65,7 +65,7 @@ def heldout_firings(latents: LatentStore, index: HeldOutIndex, max_firings: int 
 def draw_trials(
     firings: Firings,
     latents: NDArray[np.int64],
-    index: HeldOutIndex,
+    index: SplitIndex,
     neighbours: NDArray[np.int64],
     sizes: Sizes,
     *,

@@ -15,7 +15,7 @@ G counts the documents; one-sided, t distribution with G - 1 degrees of freedom.
 Biometrics 48, 577-585 (ratio estimates from clustered binary data); variance under the null as in a score test.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -119,6 +119,39 @@ def score_verdicts(
         np.bincount(who[positive], minlength=n),
         np.bincount(who[failed], minlength=n),
     )
+
+
+FDR = 0.05
+DECISIVE = ("same_token", "same_document")
+"""Negatives against which a label must hold to survive."""
+
+
+def decisive_p(scores: LabelScores) -> FloatArray:
+    """The larger p-value against the decisive negatives; NaN with none of either kind."""
+    stacked = np.stack([scores.by_kind[kind].p for kind in DECISIVE])
+    largest = np.where(np.isnan(stacked), -np.inf, stacked).max(0)
+    return np.asarray(np.where(np.isinf(largest), np.nan, largest), np.float64)
+
+
+def surviving(
+    scores: LabelScores, p: FloatArray, rank: NDArray[np.integer[Any]], min_detection: float
+) -> NDArray[np.bool_]:
+    """Labels that pass: better than chance (Benjamini and Hochberg 1995 over the latents), with a lower bound of the
+    balanced accuracy above `min_detection` against every decisive kind of negative that the latent has, and first under
+    its own label.
+
+    Args:
+        p: `decisive_p(scores)`; a latent that could not be tested (NaN) is no test and does not count among them.
+        rank: of the true latent among random others, 1 is best.
+    """
+    known = ~np.isnan(p)
+    significant = np.zeros(len(p), bool)
+    if known.any():
+        significant[known] = stats.false_discovery_control(p[known]) <= FDR
+    for kind in DECISIVE:
+        low = scores.by_kind[kind].low
+        significant &= np.isnan(low) | (low > min_detection)
+    return np.asarray(significant & (rank == 1), bool)
 
 
 def paired_auroc(

@@ -15,7 +15,7 @@ from pipelines.labels.gather import gather
 from pipelines.labels.llm.tasks import Reader
 from pipelines.labels.neighbours import nearest_neighbours
 from pipelines.labels.stage import read_token_table
-from pipelines.labels.testset import HeldOutIndex, window_bounds
+from pipelines.labels.testset import SplitIndex, window_bounds
 from pipelines.labels.trials import Sizes, draw_trials, heldout_firings, of_latent
 from pipelines.models import LanguageModel, resolve_model
 from pipelines.progress import SilentReporter
@@ -66,7 +66,7 @@ def truth_server(run: Run, latents: list[int]) -> HostileServer:
     """A judge that knows: labels are "unit N", and it has looked up where latent N fires."""
     llm = run.config.label.llm
     table = read_token_table(open_store(run.config, run.dir), run.config.hook_of("main"))
-    index = HeldOutIndex(table)
+    index = SplitIndex(table)
     firings = heldout_firings(LatentStore.open(run.dir.latents("main")), index)
     neighbours = nearest_neighbours(load_trained(run.dir, "main").W_dec, 20)[0]
     sizes = Sizes(llm.positives, llm.negatives, llm.fuzzed, llm.others, llm.neighbours, llm.windows_per_other)

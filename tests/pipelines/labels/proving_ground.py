@@ -14,6 +14,8 @@ of a latent to which no feature belongs is wrong.
     abstained = outside rules without any accepted label on their best latent / outside rules
 """
 
+import dataclasses
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +26,12 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from proving_corpus import CONTEXT_LENGTH, Corpus, holds, make_corpus
-from proving_rules import ABSORPTIONS, CONFOUNDS, EXPRESSIBLE, OUTSIDE, QUICK, Rule
+from proving_rules import ABSORPTIONS, CONFOUNDS, EXPRESSIBLE, N_TOPICS, OUTSIDE, QUICK, Rule
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from pipelines.documents import DOCUMENTS_FILE, Documents
-from pipelines.labels.families import build_families
+from pipelines.labels.rules import Views
 from pipelines.labels.stage import label_dictionary
 from pipelines.latents import compute_latents
 from pipelines.progress import SilentReporter
@@ -220,12 +222,15 @@ def label(planted: Planted, dictionary: Dictionary, folder: Path, seed: int = 0)
 
 def extensions(corpus: Corpus, rows: Sequence[dict[str, Any]]) -> Callable[[int], NDArray[np.bool_]]:
     """Where the accepted label of a latent holds, one entry per token row."""
-    families = {family.name: family for family in build_families(corpus.table, corpus.strings)}
+    table = corpus.table
+    topics = dataclasses.replace(
+        table, topic=corpus.topic[table.document].astype(np.int16), topics=[f"topic {t}" for t in range(N_TOPICS)]
+    )
+    views = Views(topics, corpus.strings)
 
     def extension(latent: int) -> NDArray[np.bool_]:
-        family = families[rows[latent]["rule_family"]]
-        wanted = [code for code, name in enumerate(family.names) if name in set(rows[latent]["rule_values"])]
-        return np.isin(family.code, wanted)
+        rule = views.of_data(json.loads(rows[latent]["rule"]))
+        return views.score(rule, np.arange(table.n_tokens)) > 0
 
     return extension
 

@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
 from label_corpus import fire_on, spell, to_firings, zipf_table
+from pipelines.labels.heldout import HeldOut
+from pipelines.labels.predicates import firing_weights, fit_predicates
 
 from pipelines.labels.contexts import order_by_strength
 from pipelines.labels.families import build_families
-from pipelines.labels.heldout import HeldOut
-from pipelines.labels.predicates import firing_weights, fit_predicates
 
 N = 12
 

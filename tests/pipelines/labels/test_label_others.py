@@ -13,7 +13,7 @@ from pipelines.labels.llm.settings import EndpointConfig, LLMConfig
 from pipelines.labels.llm.tasks import Reader, choose_latents, make_tasks
 from pipelines.labels.llm.worker import shared_out
 from pipelines.labels.rows import LABELS, preferred, read_rows, replace_rows, row
-from pipelines.labels.testset import HeldOutIndex, window_bounds
+from pipelines.labels.testset import SplitIndex, window_bounds
 from pipelines.labels.trials import Sizes, draw_trials, of_latent
 
 VOCAB, N, SEED = 2000, 24, 0
@@ -36,7 +36,7 @@ def planted(table):
     held = np.zeros(table.n_tokens, bool)
     held[table.rows("heldout")] = True
     firings = to_firings(*zip(*columns, strict=True))
-    index = HeldOutIndex(table)
+    index = SplitIndex(table)
     neighbours = (np.arange(N)[:, None] + np.arange(1, 4)[None]) % N
     return whole, firings.where(held[firings.row]), index, neighbours
 

@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 from label_corpus import fire_on, spell, to_firings, zipf_table
+from pipelines.labels.predicates import Predicates, concatenate, describe, firing_weights, fit_predicates
 
 from pipelines.labels.contexts import order_by_strength
 from pipelines.labels.families import FAMILY_NAMES, Family, build_families
-from pipelines.labels.predicates import Predicates, concatenate, describe, firing_weights, fit_predicates
 
 VOCAB = 2000
 

@@ -5,7 +5,7 @@ from label_corpus import fire_on, to_firings, zipf_table
 
 from pipelines.labels.draws import integers_below, uniforms
 from pipelines.labels.neighbours import nearest_neighbours
-from pipelines.labels.testset import NEGATIVES, HeldOutIndex, draw_test_set
+from pipelines.labels.testset import NEGATIVES, SplitIndex, draw_test_set
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def drawn():
     everything = to_firings(*zip(*columns, strict=True))
     firings = everything.where(np.isin(everything.row, table.rows("heldout")))
     neighbours = (np.arange(11)[:, None] + np.array([1, 2])) % 8
-    index = HeldOutIndex(table, window=5)
+    index = SplitIndex(table, window=5)
     test = draw_test_set(firings, np.arange(11), index, neighbours, seed=3, n_per_decile=20, n_negatives=150)
     return table, firings, neighbours, index, test
 
