@@ -12,6 +12,7 @@ on any text:
     end2, end3, end4    its last characters
     shape      capitalised word, number, punctuation, inside a word …
     position   distance from the start of the document piece
+    meaning1024, meaning256, previous_meaning    groups of tokens that mean alike, see `meanings`
     repeated   whether the token, or the pair, stood before in the document piece (what induction reads)
     topic      of the document, where the text came with topics
 
@@ -27,11 +28,15 @@ from itertools import pairwise
 from typing import Any, NamedTuple, overload
 
 import numpy as np
+from jaxtyping import Float
 from numpy.typing import NDArray
+from torch import Tensor
+
+from pipelines.labels.meanings import SIZES, cluster_forms
 
 FAMILY_NAMES = (
     *("token", "word", "previous", "earlier", "pair", "start", "end2", "end3", "end4", "shape", "position"),
-    *("repeated", "topic"),
+    *("repeated", *(f"meaning{size}" for size in SIZES), "previous_meaning", "topic"),
 )
 DOCUMENT_START = "the start of a document"
 SHAPES = (
@@ -57,6 +62,8 @@ class Family(NamedTuple):
     name: str
     code: NDArray[np.int32]
     names: Sequence[str]
+    of_form: tuple[str, NDArray[np.int32]] | None = None
+    """Set where a category is a group of categories of another view: that view and the group of each of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,11 +138,14 @@ class TokenTable:
         return start + np.flatnonzero(self.usable[start:stop])
 
 
-def build_families(table: TokenTable, token_strings: Sequence[str]) -> list[Family]:
+def build_families(
+    table: TokenTable, token_strings: Sequence[str], W_U: Float[Tensor, "d_model vocab"] | None = None
+) -> list[Family]:
     """The families of the module docstring, in the order of `FAMILY_NAMES`.
 
     Args:
         token_strings: readable text of every token id, a leading space kept.
+        W_U: unembedding; None leaves the families of meaning out.
 
     Raises:
         ValueError: a token id has no string.
@@ -177,6 +187,14 @@ def build_families(table: TokenTable, token_strings: Sequence[str]) -> list[Fami
         Family("position", position, position_names),
         Family("repeated", _repeated(own, pair, table), REPEATS),
     ]
+    if W_U is not None:
+        count = np.bincount(own, minlength=len(forms))
+        for size in SIZES:
+            of_form, names = cluster_forms(form, form_names, count[:-1], W_U, size)
+            of_form = np.append(of_form, of_form.max(initial=0)).astype(np.int32)
+            families.append(Family(f"meaning{size}", of_form[own], names, ("token", of_form)))
+            if size == SIZES[-1]:
+                families.append(Family("previous_meaning", of_form[previous], names, ("previous", of_form)))
     if table.topic is not None:
         families.append(Family("topic", table.topic.astype(np.int32), table.topics))
     return families

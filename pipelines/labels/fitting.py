@@ -86,7 +86,7 @@ class Fitting:
                 np.zeros((self._n_latents, 0), np.int64),
                 seed=self._seed + 1_000_003,  # other questions than those of the tests
                 n_per_decile=-(-self._settings.n_fitted // N_DECILES),
-                n_negatives=self._settings.n_fitted,
+                n_negatives=self._settings.n_hard,
                 kinds=_KINDS,
             )
             bounds = np.searchsorted(exam.latent, np.arange(lo + start, lo + stop + 1))

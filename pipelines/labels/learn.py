@@ -83,6 +83,7 @@ class Learner:
         train = views.table.rows("train")
         self._n_train = len(train)
         counts = [np.bincount(f.code[train], minlength=len(f.names)) for f in families]
+        self._occurrences = np.concatenate([*counts, np.zeros(len(views.mentions.names) + 1, np.int64)])
         nameable = [max(int((count >= settings.min_documents).sum()), 2) for count in counts]
         self._n_views = len(families) + 1
         sizes = np.array([len(f.names) for f in families] + [len(views.mentions.names)])
@@ -126,16 +127,18 @@ class Learner:
         if not positive.any() or positive.all():
             return Learned((), 0.0, 0.0)
         weight = _weights(sample.kind)
-        search = _Search(self, sample, positive)
+        search = _Search(self, sample, positive, density * self._n_train)
         fires, silent = np.where(positive, weight, 0.0), np.where(positive, 0.0, weight)
         left = np.ones(len(positive), bool)
         clauses: list[Clause] = []
         held: list[NDArray[np.bool_]] = []
         bits = 0.0
+        any_token = sample.kind == 1 + NEGATIVES.index("random")
+        per_token = float(silent[any_token].sum()) / self._n_train
         for _ in range(self._settings.max_clauses):
             if not fires[left].any():
                 break
-            atoms, inside, saved = self._clause(search, fires, silent, left)
+            atoms, inside, saved = self._clause(search, fires, silent, left, any_token, per_token)
             on, off = fires[inside].sum(), silent[inside].sum()
             if not atoms or on <= off or on < _LEAST_SHARE * fires.sum():
                 break
@@ -150,7 +153,13 @@ class Learner:
         return Learned(tuple(clauses[:kept]), bits, bits / total if total else 0.0)
 
     def _clause(
-        self, search: "_Search", fires: Floats, silent: Floats, left: NDArray[np.bool_]
+        self,
+        search: "_Search",
+        fires: Floats,
+        silent: Floats,
+        left: NDArray[np.bool_],
+        any_token: NDArray[np.bool_],
+        per_token: float,
     ) -> tuple[tuple[Atom, ...], NDArray[np.bool_], float]:
         atoms: tuple[Atom, ...] = ()
         inside, total = left, 0.0
@@ -158,14 +167,17 @@ class Learner:
             p, q = np.where(inside, fires, 0.0), np.where(inside, silent, 0.0)
             if atoms and q.sum() == 0:
                 break
-            found = search.best(p, q, negated=False)
+            found = [search.best_mention(p, q)]
             if atoms:
-                found = max(found, search.best(p, q, negated=True), key=lambda f: f.saved)
-            if found.saved <= (_LEAST_SAVED * (p.sum() + q.sum()) if atoms else 0):
+                found += [search.best_category(p, q), search.best_category(p, q, negated=True)]
+            else:  # how often a category occurs is known: no need to draw tokens for it
+                found.append(search.best_category(p, np.where(any_token, 0.0, q), per_token=per_token))
+            best = max(found, key=lambda f: f.saved)
+            if best.saved <= (_LEAST_SAVED * (p.sum() + q.sum()) if atoms else 0):
                 break
-            atoms = (*atoms, found.atom)
-            inside = inside & (~found.inside if found.atom.negated else found.inside)
-            total += found.saved
+            atoms = (*atoms, best.atom)
+            inside = inside & (~best.inside if best.atom.negated else best.inside)
+            total += best.saved
         return atoms, inside, total
 
     def _precision(self, clause: Clause, share: float, density: float) -> float:
@@ -183,11 +195,15 @@ class _Found(NamedTuple):
     """The questions whose category is named."""
 
 
-class _Search:
-    """One latent's questions with their nameable categories, renumbered."""
+_NOTHING = _Found(-np.inf, Atom(0, ()), np.zeros(0, bool))
 
-    def __init__(self, learner: Learner, sample: Sample, positive: NDArray[np.bool_]) -> None:
+
+class _Search:
+    """One latent's questions with their nameable categories, renumbered from 1; 0 is every other category."""
+
+    def __init__(self, learner: Learner, sample: Sample, positive: NDArray[np.bool_], n_firing: float) -> None:
         self._learner = learner
+        self._scale = n_firing / positive.sum()
         views, start = learner._views, learner._start
         n_families, n = len(views.families), len(sample.row)
         self._n_families, self._n = n_families, n
@@ -216,76 +232,85 @@ class _Search:
         self._view = np.searchsorted(start, self._global, side="right") - 1  # of each local number
         self._named = np.concatenate([[False], named[known]])
         self._excepted = np.concatenate([[False], excepted[known]])
+        self._occurrences = np.concatenate([[0], learner._occurrences[known]])
         self._code = local[code]
         kept = named[word]
         self._which, self._word = which[kept], local[word[kept]]
         self._mentioning = np.flatnonzero(np.bincount(self._which, minlength=n))
         self._begins = np.searchsorted(self._which, self._mentioning)
 
-    def best(self, fires: Floats, silent: Floats, *, negated: bool) -> _Found:
-        """The set that saves most among questions of these weights (0 = not asked)."""
-        learner, n_families, size = self._learner, self._n_families, len(self._global)
-        n_fires, n_silent = float(fires.sum()), float(silent.sum())
-        mass = self._sum(fires, size)
-        other = self._sum(silent, size)
-        n, total = mass + other, n_fires + n_silent
-        base = n_fires / total
+    def best_category(self, fires: Floats, silent: Floats, *, per_token: float = 0.0, negated: bool = False) -> _Found:
+        """The set of one view that saves most among questions of these weights (0 = not asked).
+
+        Args:
+            per_token: weight of every train token as a negative, on top of the questions.
+        """
+        learner, size = self._learner, len(self._global)
+        flat = self._code.reshape(-1)
+        mass = np.bincount(flat, np.tile(fires, self._n_families), minlength=size).astype(np.float64)
+        other = np.bincount(flat, np.tile(silent, self._n_families), minlength=size) + per_token * self._occurrences
+        n_fires = float(fires.sum())
+        total = n_fires + float(silent.sum()) + per_token * learner._n_train
+        n, base = mass + other, n_fires / total
         if negated:
             candidate = self._excepted & (other >= 1) & (mass < base * n)
         else:
             candidate = self._named & (mass >= 1) & (mass > base * n)
-        at = np.flatnonzero(candidate)
-        nothing = _Found(-np.inf, Atom(0, ()), np.zeros(0, bool))
+            if per_token:  # a natural sample would have this share of firings
+                candidate &= self._scale * mass >= learner._settings.min_precision * self._occurrences
+        at = np.flatnonzero(candidate & (self._view < self._n_families))
         if not len(at):
-            return nothing
+            return _NOTHING
         rate = (mass[at] + _SHRINK * base) / (n[at] + _SHRINK)
         at = at[np.lexsort((rate if negated else -rate, self._view[at]))]
         view = self._view[at]
-        begins = np.searchsorted(view, np.arange(n_families + 2))
-        limit = learner._settings.max_categories
-        rank = np.full(size, limit + 1, np.int64)
-        rank[at] = np.minimum(np.arange(len(at)) - begins[view] + 1, limit + 1)
-
-        of_question = rank[self._code]  # [n_families, n]
-        inside_fires = np.zeros((n_families + 1, limit + 2))
-        inside_silent = np.zeros((n_families + 1, limit + 2))
-        key = (of_question + (np.arange(n_families) * (limit + 2))[:, None]).reshape(-1)
-        shape, cells = (n_families, limit + 2), n_families * (limit + 2)
-        inside_fires[:-1] = np.bincount(key, np.tile(fires, n_families), minlength=cells).reshape(shape)
-        inside_silent[:-1] = np.bincount(key, np.tile(silent, n_families), minlength=cells).reshape(shape)
-        earliest = np.full(self._n, limit + 1, np.int64)
-        if not negated and len(self._mentioning):
-            earliest[self._mentioning] = np.minimum.reduceat(rank[self._word], self._begins)
-            inside_fires[-1] = np.bincount(earliest, fires, minlength=limit + 2)
-            inside_silent[-1] = np.bincount(earliest, silent, minlength=limit + 2)
-        a = np.cumsum(inside_fires[:, : limit + 1], axis=1)
-        m = a + np.cumsum(inside_silent[:, : limit + 1], axis=1)
-        saved = (
-            _code_length(np.array(total), np.array(n_fires))
-            - _code_length(m, a)
-            - _code_length(total - m, n_fires - a)
-            - learner._cost
-            - 0.5 * np.log2(total)
-        )
-        k = np.arange(limit + 1)
-        saved[(k[None] == 0) | (k[None] > np.diff(begins)[:, None])] = -np.inf
-        best = saved.max(1)
+        first = np.flatnonzero(np.concatenate([[True], view[1:] != view[:-1]]))
+        begins = np.repeat(first, np.diff(np.append(first, len(at))))
+        k = np.arange(len(at)) - begins + 1
+        a, m = (_restarting_sum(x[at], first, begins) for x in (mass, n))
+        saved = _saved(total, n_fires, m, a) - learner._cost[view, np.minimum(k, learner._settings.max_categories)]
+        saved[k > learner._settings.max_categories] = -np.inf
+        best = np.maximum.reduceat(saved, first)
         if best.max() <= 0:
-            return nothing
-        view_index = int(np.flatnonzero(best >= _CLOSE * best.max())[0])
-        n_named = int(saved[view_index].argmax())
-        chosen = at[begins[view_index] : begins[view_index] + n_named]
-        by_mass = chosen[np.argsort(-(other if negated else mass)[chosen], kind="stable")]
-        codes = (self._global[by_mass] - learner._start[view_index]).tolist()
-        of = earliest if view_index == n_families else of_question[view_index]
-        return _Found(float(best[view_index]), Atom(view_index, tuple(codes), negated), of <= n_named)
+            return _NOTHING
+        group = int(np.flatnonzero(best >= _CLOSE * best.max())[0])
+        start, stop = first[group], np.append(first, len(at))[group + 1]
+        chosen = at[start : start + int(saved[start:stop].argmax()) + 1]
+        inside = np.zeros(size, bool)
+        inside[chosen] = True
+        which = int(view[start])
+        atom = self._atom(which, chosen, other if negated else mass, negated=negated)
+        return _Found(float(best[group]), atom, inside[self._code[which]])
 
-    def _sum(self, weight: Floats, size: int) -> Floats:
-        flat = self._code.reshape(-1)
-        by_category: Floats = np.bincount(flat, np.tile(weight, self._n_families), minlength=size).astype(np.float64)
-        if len(self._word):
-            by_category += np.bincount(self._word, weight[self._which], minlength=size)
-        return by_category
+    def best_mention(self, fires: Floats, silent: Floats) -> _Found:
+        """The same for words that occurred earlier; a question is in the set if any of its words is."""
+        learner, size, limit = self._learner, len(self._global), self._learner._settings.max_categories
+        n_fires, n_silent = float(fires.sum()), float(silent.sum())
+        total = n_fires + n_silent
+        if not n_fires or not n_silent or not len(self._word):
+            return _NOTHING
+        mass = np.bincount(self._word, fires[self._which], minlength=size).astype(np.float64)
+        n = mass + np.bincount(self._word, silent[self._which], minlength=size)
+        base = n_fires / total
+        at = np.flatnonzero(self._named & (self._view == self._n_families) & (mass >= 1) & (mass > base * n))
+        if not len(at):
+            return _NOTHING
+        at = at[np.lexsort((at, -(mass[at] + _SHRINK * base) / (n[at] + _SHRINK)))][:limit]
+        rank = np.full(size, limit + 1, np.int64)
+        rank[at] = np.arange(len(at)) + 1
+        earliest = np.full(self._n, limit + 1, np.int64)
+        earliest[self._mentioning] = np.minimum.reduceat(rank[self._word], self._begins)
+        a: Floats = np.cumsum(np.bincount(earliest, fires, minlength=limit + 2)[1 : len(at) + 1], dtype=np.float64)
+        m: Floats = a + np.cumsum(np.bincount(earliest, silent, minlength=limit + 2)[1 : len(at) + 1])
+        saved = _saved(total, n_fires, m, a) - learner._cost[self._n_families, np.arange(1, len(at) + 1)]
+        k = int(saved.argmax()) + 1
+        if saved[k - 1] <= 0:
+            return _NOTHING
+        return _Found(float(saved[k - 1]), self._atom(self._n_families, at[:k], mass), earliest <= k)
+
+    def _atom(self, view: int, chosen: NDArray[np.int64], mass: Floats, *, negated: bool = False) -> Atom:
+        by_mass = chosen[np.argsort(-mass[chosen], kind="stable")]
+        return Atom(view, tuple((self._global[by_mass] - self._learner._start[view]).tolist()), negated)
 
 
 def _weights(kind: NDArray[np.int8]) -> Floats:
@@ -308,6 +333,21 @@ def _best_length(held: list[NDArray[np.bool_]], kind: NDArray[np.int8]) -> int:
     share = yes / np.maximum(count, 1)
     gap = np.where(count[1:] >= _FEWEST, share[:, :1] - share[:, 1:], np.inf).min(1)
     return int(gap.argmax()) + 1
+
+
+def _saved(total: float, n_fires: float, n: Floats, mass: Floats) -> Floats:
+    """Bits that splitting off groups of n questions with `mass` firings saves, before the cost of naming them."""
+    whole = _code_length(np.array(total), np.array(n_fires))
+    return np.asarray(
+        whole - _code_length(n, mass) - _code_length(total - n, n_fires - mass) - 0.5 * np.log2(total), np.float64
+    )
+
+
+def _restarting_sum(x: Floats, first: NDArray[np.int64], begins: NDArray[np.int64]) -> Floats:
+    """Cumulative sum that restarts at each index in `first`; `begins` is the start of each entry's group."""
+    total = np.cumsum(x)
+    before = np.where(first > 0, total[first - 1], 0.0)
+    return np.asarray(total - before[np.searchsorted(first, begins)], np.float64)
 
 
 def _distinct(key: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -13,9 +13,12 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 from numpy.typing import NDArray
+from torch import Tensor
 
 from pipelines.labels.families import DOCUMENT_START, Family, TokenTable, build_families
+from pipelines.labels.meanings import SIZES
 from pipelines.labels.mentions import NAME as MENTIONS
 from pipelines.labels.mentions import find_mentions
 
@@ -43,12 +46,20 @@ Rule = tuple[Clause, ...]
 class Views:
     """Every view of the tokens of a table."""
 
-    def __init__(self, table: TokenTable, token_strings: Sequence[str], *, min_documents: int = 1) -> None:
+    def __init__(
+        self,
+        table: TokenTable,
+        token_strings: Sequence[str],
+        *,
+        W_U: Float[Tensor, "d_model vocab"] | None = None,
+        min_documents: int = 1,
+    ) -> None:
         """Args:
+        W_U: unembedding, for the views of meaning; rules are read back without it.
         min_documents: pieces that a word must stand in to be a mention.
         """
         self.table = table
-        self.families: list[Family] = build_families(table, token_strings)
+        self.families: list[Family] = build_families(table, token_strings, W_U)
         self.mentions = find_mentions(table, self.families[1], min_pieces=min_documents)
 
     @cached_property
@@ -93,15 +104,7 @@ class Views:
         return {
             "any": [
                 {
-                    "all": [
-                        {
-                            "view": self.names[atom.family],
-                            "not_in" if atom.negated else "in": [
-                                self.categories(atom.family)[code] for code in atom.codes
-                            ],
-                        }
-                        for atom in clause.atoms
-                    ],
+                    "all": [self._data_of(atom) for atom in clause.atoms],
                     "score": round(clause.score, 4),
                 }
                 for clause in rule
@@ -114,6 +117,25 @@ class Views:
             Clause(tuple(self._atom_of(atom) for atom in clause["all"]), float(clause["score"]))
             for clause in data["any"]
         )
+
+    def _data_of(self, atom: Atom) -> dict[str, Any]:
+        """Groups are spelled out, so that a rule can be run without what made them."""
+        family = self.families[atom.family] if atom.family < len(self.families) else None
+        if family is None or family.of_form is None:
+            names = self.categories(atom.family)
+            view, values = self.names[atom.family], [names[code] for code in atom.codes]
+        else:
+            view, group = family.of_form
+            names = self.categories(self.names.index(view))
+            occurs = self._occurring
+            values = [names[i] for i in np.flatnonzero(np.isin(group, atom.codes) & occurs[: len(group)]).tolist()]
+        return {"view": view, "not_in" if atom.negated else "in": values}
+
+    @cached_property
+    def _occurring(self) -> NDArray[np.bool_]:
+        """Which forms occur in the table."""
+        token = self.families[0]
+        return np.bincount(token.code, minlength=len(token.names) + 1) > 0
 
     @cached_property
     def _codes(self) -> dict[str, dict[str, int]]:
@@ -136,10 +158,10 @@ class Views:
 
     def _say(self, atom: Atom, n_shown: int) -> str:
         view, names = self.names[atom.family], self.categories(atom.family)
-        words = [names[code] for code in atom.codes[:n_shown]]
+        words = [names[code] for code in atom.codes[: n_shown if view not in _GROUPS else n_shown // 2]]
         if view in _QUOTED:
             words = [word if word == DOCUMENT_START else repr(word) for word in words]
-        more = len(atom.codes) - n_shown
+        more = len(atom.codes) - len(words)
         listing = ", ".join(words) + (f" and {more} more" if more > 0 else "")
         said = _PHRASES.get(view, "{}").format(listing)
         return f"but not {said}" if atom.negated else said
@@ -149,7 +171,8 @@ def _key(name: str) -> str:
     return name.strip().casefold() or name
 
 
-_NOUNS = ("token", "word", "pair", "start", "end2", "end3", "end4", "shape", "repeated")
+_GROUPS = (*(f"meaning{size}" for size in SIZES), "previous_meaning")
+_NOUNS = ("token", "word", "pair", "start", "end2", "end3", "end4", "shape", "repeated", *_GROUPS[:-1])
 _QUOTED = ("token", "word", "previous", "earlier", "pair", "start", "end2", "end3", "end4", MENTIONS)
 _PHRASES = {
     "previous": "the token after {}",
@@ -158,6 +181,8 @@ _PHRASES = {
     "end2": "words that end in {}",
     "end3": "words that end in {}",
     "end4": "words that end in {}",
+    **dict.fromkeys(_GROUPS[:-1], "tokens like {}"),
+    "previous_meaning": "the token after one like {}",
     "position": "position {} of a document",
     "topic": "in documents about {}",
     MENTIONS: "where {} occurred earlier",

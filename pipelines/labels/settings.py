@@ -14,7 +14,7 @@ class LabelSettings:
     n_per_quantile: int = 2
     window: int = 16
     """Tokens shown on each side of a firing."""
-    max_categories: int = 32
+    max_categories: int = 128
     """Largest set of tokens that a rule may name."""
     min_documents: int = 3
     """Documents in which a category must fire before a rule may name it."""
@@ -22,10 +22,12 @@ class LabelSettings:
     """Conditions that a clause may join."""
     max_clauses: int = 4
     """Alternatives that a rule may have."""
-    min_precision: float = 0.1
+    min_precision: float = 0.05
     """Share of the train tokens on which a clause holds that must fire; fewer, and the clause says too much."""
-    n_fitted: int = 600
-    """Firings that a rule is fitted to, drawn evenly over their strength; as many negatives of each kind."""
+    n_fitted: int = 3000
+    """Firings that a rule is fitted to, drawn evenly over their strength."""
+    n_hard: int = 600
+    """Negatives of each kind that it is fitted to."""
     n_natural: int = 50_000
     """Train tokens by which the precision of clauses is measured and in which counter-examples are sought."""
     n_tested: int = 500
@@ -47,7 +49,9 @@ class LabelSettings:
 
     def __post_init__(self) -> None:
         at_least = dict.fromkeys(("n_top", "n_per_quantile", "max_categories", "min_documents", "n_null", "n_words"), 1)
-        at_least |= dict.fromkeys(("max_atoms", "max_clauses", "n_fitted", "n_natural", "n_tested", "n_others"), 1)
+        at_least |= dict.fromkeys(
+            ("max_atoms", "max_clauses", "n_fitted", "n_hard", "n_natural", "n_tested", "n_others"), 1
+        )
         at_least |= {"n_workers": 0, "n_counter_examples": 0, "n_quantiles": 0, "window": 0, "max_firings_per_block": 1}
         wrong = [
             f"{k} must be at least {v}, got {getattr(self, k)}" for k, v in at_least.items() if getattr(self, k) < v
