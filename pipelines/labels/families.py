@@ -17,8 +17,7 @@ on any text:
     topic      of the document, where the text came with topics
 
 A causal model cannot know more of a word than has been read, hence the word *so far*. A new kind of label (part of
-speech) is one more family: an integer per token and a name per category. Words that occurred earlier in the document
-are no category, since there are many at a time: see `mentions`.
+speech) is one more family: an integer per token and a name per category.
 """
 
 from collections.abc import Sequence

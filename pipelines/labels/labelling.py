@@ -64,7 +64,7 @@ def label_latents(
     """
     config = config or LabelSettings()
     W_U = None if unembedding is None else unembedding[1]
-    views = Views(table, token_strings, W_U=W_U, min_documents=config.min_documents)
+    views = Views(table, token_strings, W_U=W_U)
     neighbours, cosine = nearest_neighbours(W_dec, config.n_others)
     with ParquetFile(out_dir / EXAMPLES_FILE, EXAMPLES) as file:
         first, heldout = fit_rules(views, read_block, counts, ui, _writer(file, table, token_strings), seed, config)

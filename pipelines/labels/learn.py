@@ -15,8 +15,7 @@ and an atom that splits them by a set S of k of the V categories of a view is wo
 
 (which set, how large, one more rate, which view). Categories are taken in the order of their rate of firing, shrunk
 towards the mean; for two groups some prefix of this order is optimal up to the cost (Breiman et al. 1984,
-Classification and Regression Trees, section 4.2). For the words that occurred earlier in a document, of which a token
-has many, S holds where any of them did.
+Classification and Regression Trees, section 4.2).
 
 A clause grows by the atom that saves most among the tokens on which it holds so far, a set to be in or a set to be out
 of; a rule grows by clauses fitted to what the earlier ones left (as in RIPPER, Cohen 1995, ICML). Both stop where
@@ -83,17 +82,17 @@ class Learner:
         train = views.table.rows("train")
         self._n_train = len(train)
         counts = [np.bincount(f.code[train], minlength=len(f.names)) for f in families]
-        self._occurrences = np.concatenate([*counts, np.zeros(len(views.mentions.names) + 1, np.int64)])
+        self._occurrences = np.concatenate([*counts, np.zeros(1, np.int64)])
         nameable = [max(int((count >= settings.min_documents).sum()), 2) for count in counts]
-        self._n_views = len(families) + 1
-        sizes = np.array([len(f.names) for f in families] + [len(views.mentions.names)])
-        self._start = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
+        self._start = np.concatenate([np.zeros(1, np.int64), np.cumsum([len(f.names) for f in families])])
+        self._code = np.stack([f.code + start for f, start in zip(families, self._start, strict=False)], axis=1)
+        self._code = self._code.astype(np.int32)
         self._stride = int(self._start[-1]) + 1
         k = np.arange(settings.max_categories + 1)
-        V = np.array([*nameable, max(len(views.mentions.names), 2)], np.float64)[:, None]
+        V = np.array(nameable, np.float64)[:, None]
         k_named = np.minimum(k, V)
         ways = gammaln(V + 1) - gammaln(k_named + 1) - gammaln(V - k_named + 1)
-        self._cost: Floats = ways / np.log(2) + np.log2(settings.max_categories) + np.log2(self._n_views)
+        self._cost: Floats = ways / np.log(2) + np.log2(settings.max_categories) + np.log2(len(families))
 
     def fit(self, sample: Sample, firing: NDArray[np.int64]) -> Learned:
         """The rule of one latent.
@@ -167,12 +166,11 @@ class Learner:
             p, q = np.where(inside, fires, 0.0), np.where(inside, silent, 0.0)
             if atoms and q.sum() == 0:
                 break
-            found = [search.best_mention(p, q)]
             if atoms:
-                found += [search.best_category(p, q), search.best_category(p, q, negated=True)]
+                found = (search.best(p, q), search.best(p, q, negated=True))
+                best = max(found, key=lambda f: f.saved)
             else:  # how often a category occurs is known: no need to draw tokens for it
-                found.append(search.best_category(p, np.where(any_token, 0.0, q), per_token=per_token))
-            best = max(found, key=lambda f: f.saved)
+                best = search.best(p, np.where(any_token, 0.0, q), per_token=per_token)
             if best.saved <= (_LEAST_SAVED * (p.sum() + q.sum()) if atoms else 0):
                 break
             atoms = (*atoms, best.atom)
@@ -204,42 +202,28 @@ class _Search:
     def __init__(self, learner: Learner, sample: Sample, positive: NDArray[np.bool_], n_firing: float) -> None:
         self._learner = learner
         self._scale = n_firing / positive.sum()
-        views, start = learner._views, learner._start
-        n_families, n = len(views.families), len(sample.row)
-        self._n_families, self._n = n_families, n
-        code = np.stack([f.code[sample.row] + start[i] for i, f in enumerate(views.families)])
-        which, word = views.mentions.before(sample.row)
-        word = word + start[n_families]
-
+        self._n_families = learner._code.shape[1]
+        code = learner._code[sample.row]  # [n, n_families]
         # Nameable: fires in enough documents, or (as an exception) is silent often enough.
+        enough = learner._settings.min_documents
+        fired = code[positive]
+        often = np.bincount(fired.reshape(-1), minlength=learner._stride) >= enough
         width = int(sample.document.max(initial=0)) + 1
-        here = np.flatnonzero(positive)
-        own = positive[which]
-        key = np.concatenate(
-            [
-                (code[:, here].astype(np.int64) * width + sample.document[here]).reshape(-1),
-                word[own].astype(np.int64) * width + sample.document[which[own]],
-            ]
-        )
-        n_documents = np.bincount(_distinct(key) // width, minlength=learner._stride)
-        named = n_documents >= learner._settings.min_documents
-        n_silent = np.bincount(code[:, ~positive].reshape(-1), minlength=learner._stride)
-        excepted = n_silent >= _FEWEST
+        key = fired.astype(np.int64) * width + sample.document[positive][:, None]
+        n_documents = np.bincount(_distinct(key[often[fired]]) // width, minlength=learner._stride)
+        named = n_documents >= enough
+        excepted = np.bincount(code[~positive].reshape(-1), minlength=learner._stride) >= _FEWEST
         known = np.flatnonzero(named | excepted)
         local = np.zeros(learner._stride, np.int32)
         local[known] = np.arange(1, len(known) + 1)
         self._global = np.concatenate([[-1], known])
-        self._view = np.searchsorted(start, self._global, side="right") - 1  # of each local number
+        self._view = np.searchsorted(learner._start, self._global, side="right") - 1  # of each local number
         self._named = np.concatenate([[False], named[known]])
         self._excepted = np.concatenate([[False], excepted[known]])
         self._occurrences = np.concatenate([[0], learner._occurrences[known]])
-        self._code = local[code]
-        kept = named[word]
-        self._which, self._word = which[kept], local[word[kept]]
-        self._mentioning = np.flatnonzero(np.bincount(self._which, minlength=n))
-        self._begins = np.searchsorted(self._which, self._mentioning)
+        self._code = local[np.ascontiguousarray(code.T)]
 
-    def best_category(self, fires: Floats, silent: Floats, *, per_token: float = 0.0, negated: bool = False) -> _Found:
+    def best(self, fires: Floats, silent: Floats, *, per_token: float = 0.0, negated: bool = False) -> _Found:
         """The set of one view that saves most among questions of these weights (0 = not asked).
 
         Args:
@@ -258,7 +242,7 @@ class _Search:
             candidate = self._named & (mass >= 1) & (mass > base * n)
             if per_token:  # a natural sample would have this share of firings
                 candidate &= self._scale * mass >= learner._settings.min_precision * self._occurrences
-        at = np.flatnonzero(candidate & (self._view < self._n_families))
+        at = np.flatnonzero(candidate)
         if not len(at):
             return _NOTHING
         rate = (mass[at] + _SHRINK * base) / (n[at] + _SHRINK)
@@ -281,32 +265,6 @@ class _Search:
         which = int(view[start])
         atom = self._atom(which, chosen, other if negated else mass, negated=negated)
         return _Found(float(best[group]), atom, inside[self._code[which]])
-
-    def best_mention(self, fires: Floats, silent: Floats) -> _Found:
-        """The same for words that occurred earlier; a question is in the set if any of its words is."""
-        learner, size, limit = self._learner, len(self._global), self._learner._settings.max_categories
-        n_fires, n_silent = float(fires.sum()), float(silent.sum())
-        total = n_fires + n_silent
-        if not n_fires or not n_silent or not len(self._word):
-            return _NOTHING
-        mass = np.bincount(self._word, fires[self._which], minlength=size).astype(np.float64)
-        n = mass + np.bincount(self._word, silent[self._which], minlength=size)
-        base = n_fires / total
-        at = np.flatnonzero(self._named & (self._view == self._n_families) & (mass >= 1) & (mass > base * n))
-        if not len(at):
-            return _NOTHING
-        at = at[np.lexsort((at, -(mass[at] + _SHRINK * base) / (n[at] + _SHRINK)))][:limit]
-        rank = np.full(size, limit + 1, np.int64)
-        rank[at] = np.arange(len(at)) + 1
-        earliest = np.full(self._n, limit + 1, np.int64)
-        earliest[self._mentioning] = np.minimum.reduceat(rank[self._word], self._begins)
-        a: Floats = np.cumsum(np.bincount(earliest, fires, minlength=limit + 2)[1 : len(at) + 1], dtype=np.float64)
-        m: Floats = a + np.cumsum(np.bincount(earliest, silent, minlength=limit + 2)[1 : len(at) + 1])
-        saved = _saved(total, n_fires, m, a) - learner._cost[self._n_families, np.arange(1, len(at) + 1)]
-        k = int(saved.argmax()) + 1
-        if saved[k - 1] <= 0:
-            return _NOTHING
-        return _Found(float(saved[k - 1]), self._atom(self._n_families, at[:k], mass), earliest <= k)
 
     def _atom(self, view: int, chosen: NDArray[np.int64], mass: Floats, *, negated: bool = False) -> Atom:
         by_mass = chosen[np.argsort(-mass[chosen], kind="stable")]

@@ -18,7 +18,7 @@ from pipelines.labels.families import TokenTable
 from pipelines.labels.testset import window_bounds
 
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)?")
-STOP_WORDS = """
+_STOP_WORDS = """
 a about after all also an and any are as at be been before being between both but by can could did do does for from had
 has have he her his how i if in into is it its just like may more most not of off on one only or other our out over own
 same she should so some such than that the their them then there these they this those through to too under up very was
@@ -40,7 +40,7 @@ def stem(word: str) -> str:
     return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word
 
 
-_SILENT = {stem(word) for word in (STOP_WORDS + _TALK_WORDS).split()}
+_SILENT = {stem(word) for word in (_STOP_WORDS + _TALK_WORDS).split()}
 
 
 def content_words(label: str) -> frozenset[str]:

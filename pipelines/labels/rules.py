@@ -4,7 +4,7 @@
     clause   all of its atoms hold                        ' album'   and   after ' debut'
     atom     the token's category in one view is, or is not, one of a set
 
-Views are the families of `families` and the words of `mentions`. The score of a rule at a token is that of the first
+Views are the families of `families`. The score of a rule at a token is that of the first
 clause that holds there, 0 where none does: a decision list (Rivest 1987, Machine Learning 2, 229-246).
 """
 
@@ -19,8 +19,6 @@ from torch import Tensor
 
 from pipelines.labels.families import DOCUMENT_START, Family, TokenTable, build_families
 from pipelines.labels.meanings import SIZES
-from pipelines.labels.mentions import NAME as MENTIONS
-from pipelines.labels.mentions import find_mentions
 
 
 class Atom(NamedTuple):
@@ -52,34 +50,27 @@ class Views:
         token_strings: Sequence[str],
         *,
         W_U: Float[Tensor, "d_model vocab"] | None = None,
-        min_documents: int = 1,
     ) -> None:
         """Args:
         W_U: unembedding, for the views of meaning; rules are read back without it.
-        min_documents: pieces that a word must stand in to be a mention.
         """
         self.table = table
         self.families: list[Family] = build_families(table, token_strings, W_U)
-        self.mentions = find_mentions(table, self.families[1], min_pieces=min_documents)
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        return (*(family.name for family in self.families), MENTIONS)
+        return tuple(family.name for family in self.families)
 
     def categories(self, family: int) -> Sequence[str]:
         """Names of the categories of a view."""
-        return self.mentions.names if family == len(self.families) else self.families[family].names
+        return self.families[family].names
 
     def hold(self, atom: Atom, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Whether an atom holds at each token row."""
-        codes = np.asarray(atom.codes, np.int64)
-        if atom.family == len(self.families):
-            inside = self.mentions.hold(codes, rows)
-        else:
-            family = self.families[atom.family]
-            wanted = np.zeros(len(family.names), bool)
-            wanted[codes] = True
-            inside = wanted[family.code[rows]]
+        family = self.families[atom.family]
+        wanted = np.zeros(len(family.names), bool)
+        wanted[np.asarray(atom.codes, np.int64)] = True
+        inside = wanted[family.code[rows]]
         return ~inside if atom.negated else inside
 
     def score(self, rule: Rule, rows: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -120,8 +111,8 @@ class Views:
 
     def _data_of(self, atom: Atom) -> dict[str, Any]:
         """Groups are spelled out, so that a rule can be run without what made them."""
-        family = self.families[atom.family] if atom.family < len(self.families) else None
-        if family is None or family.of_form is None:
+        family = self.families[atom.family]
+        if family.of_form is None:
             names = self.categories(atom.family)
             view, values = self.names[atom.family], [names[code] for code in atom.codes]
         else:
@@ -173,7 +164,7 @@ def _key(name: str) -> str:
 
 _GROUPS = (*(f"meaning{size}" for size in SIZES), "previous_meaning")
 _NOUNS = ("token", "word", "pair", "start", "end2", "end3", "end4", "shape", "repeated", *_GROUPS[:-1])
-_QUOTED = ("token", "word", "previous", "earlier", "pair", "start", "end2", "end3", "end4", MENTIONS)
+_QUOTED = ("token", "word", "previous", "earlier", "pair", "start", "end2", "end3", "end4")
 _PHRASES = {
     "previous": "the token after {}",
     "earlier": "the second token after {}",
@@ -185,5 +176,4 @@ _PHRASES = {
     "previous_meaning": "the token after one like {}",
     "position": "position {} of a document",
     "topic": "in documents about {}",
-    MENTIONS: "where {} occurred earlier",
 }
