@@ -92,8 +92,7 @@ class Fitting:
             bounds = np.searchsorted(exam.latent, np.arange(lo + start, lo + stop + 1))
             for i in range(stop - start):
                 mine = slice(bounds[i], bounds[i + 1])
-                by = np.argsort(exam.row[mine], kind="stable")
-                sample = Sample(exam.row[mine][by], exam.kind[mine][by], exam.document[mine][by])
+                sample = Sample(exam.row[mine], exam.kind[mine], exam.document[mine])
                 learned.append(self._learner.fit(sample, part.row[part.indptr[i] : part.indptr[i + 1]]))
         return learned
 

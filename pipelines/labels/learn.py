@@ -54,7 +54,6 @@ class Sample(NamedTuple):
     """Questions about one latent on train documents."""
 
     row: NDArray[np.int64]
-    """Ascending."""
     kind: NDArray[np.int8]
     """0 = the latent fires; k = silent, a negative of kind k of `testset.NEGATIVES`, or a counter-example."""
     document: NDArray[np.int32]
@@ -78,18 +77,25 @@ class Learner:
         natural: train token rows drawn at random.
         """
         self._views, self._natural, self._settings = views, natural, settings
-        families = views.families
-        train = views.table.rows("train")
+        families, train = views.families, views.table.rows("train")
         self._n_train = len(train)
-        counts = [np.bincount(f.code[train], minlength=len(f.names)) for f in families]
-        self._occurrences = np.concatenate([*counts, np.zeros(1, np.int64)])
-        nameable = [max(int((count >= settings.min_documents).sum()), 2) for count in counts]
-        self._start = np.concatenate([np.zeros(1, np.int64), np.cumsum([len(f.names) for f in families])])
-        self._code = np.stack([f.code + start for f, start in zip(families, self._start, strict=False)], axis=1)
-        self._code = self._code.astype(np.int32)
-        self._stride = int(self._start[-1]) + 1
+        # One numbering of all categories that a rule may ever name; 0 is every other one.
+        columns, occurrences, start = [], [np.zeros(1, np.int64)], [1]
+        self._category: list[NDArray[np.int64]] = []
+        for family in families:
+            count = np.bincount(family.code[train], minlength=len(family.names))
+            nameable = np.flatnonzero(count >= settings.min_documents)
+            number = np.zeros(len(family.names), np.int32)
+            number[nameable] = start[-1] + np.arange(len(nameable))
+            columns.append(number[family.code])
+            occurrences.append(count[nameable])
+            start.append(start[-1] + len(nameable))
+            self._category.append(nameable)
+        self._code = np.stack(columns, axis=1)
+        self._occurrences = np.concatenate(occurrences)
+        self._start = np.array(start)
         k = np.arange(settings.max_categories + 1)
-        V = np.array(nameable, np.float64)[:, None]
+        V = np.maximum(np.diff(self._start), 2).astype(np.float64)[:, None]
         k_named = np.minimum(k, V)
         ways = gammaln(V + 1) - gammaln(k_named + 1) - gammaln(V - k_named + 1)
         self._cost: Floats = ways / np.log(2) + np.log2(settings.max_categories) + np.log2(len(families))
@@ -100,15 +106,18 @@ class Learner:
         Args:
             firing: train token rows on which it fires, ascending.
         """
-        learned = self._fit_once(sample, len(firing) / self._n_train)
-        wrong = self._counter_examples(learned.rule, firing, int((sample.kind == 0).sum()))
+        positive = sample.kind == 0
+        if not positive.any() or positive.all():
+            return Learned((), 0.0, 0.0)
+        density = len(firing) / self._n_train
+        search = _Search(self, sample, len(firing))
+        learned = self._fit_once(search, sample.kind, density)
+        wrong = self._counter_examples(learned.rule, firing, int(positive.sum()))
         if len(wrong) < _FEWEST:
             return learned
-        row = np.concatenate([sample.row, wrong])
-        by = np.argsort(row, kind="stable")
+        search.ask(wrong)
         kind = np.concatenate([sample.kind, np.full(len(wrong), _COUNTER_EXAMPLE, np.int8)])
-        document = np.concatenate([sample.document, self._views.table.document[wrong]])
-        return self._fit_once(Sample(row[by], kind[by], document[by]), len(firing) / self._n_train)
+        return self._fit_once(search, kind, density)
 
     def _counter_examples(self, rule: Rule, firing: NDArray[np.int64], limit: int) -> NDArray[np.int64]:
         """Silent tokens of the natural sample on which a rule holds; `limit` of them, evenly spread."""
@@ -121,18 +130,14 @@ class Learner:
             silent = silent[np.linspace(0, len(silent) - 1, limit).astype(np.int64)]
         return silent
 
-    def _fit_once(self, sample: Sample, density: float) -> Learned:
-        positive = sample.kind == 0
-        if not positive.any() or positive.all():
-            return Learned((), 0.0, 0.0)
-        weight = _weights(sample.kind)
-        search = _Search(self, sample, positive, density * self._n_train)
+    def _fit_once(self, search: "_Search", kind: NDArray[np.int8], density: float) -> Learned:
+        positive, weight = kind == 0, _weights(kind)
         fires, silent = np.where(positive, weight, 0.0), np.where(positive, 0.0, weight)
         left = np.ones(len(positive), bool)
         clauses: list[Clause] = []
         held: list[NDArray[np.bool_]] = []
         bits = 0.0
-        any_token = sample.kind == 1 + NEGATIVES.index("random")
+        any_token = kind == 1 + NEGATIVES.index("random")
         per_token = float(silent[any_token].sum()) / self._n_train
         for _ in range(self._settings.max_clauses):
             if not fires[left].any():
@@ -148,7 +153,7 @@ class Learner:
                 held.append(inside)
                 bits += saved
         total = float(_code_length(np.array(fires.sum() + silent.sum()), np.array(fires.sum())))
-        kept = _best_length(held, sample.kind)
+        kept = _best_length(held, kind)
         return Learned(tuple(clauses[:kept]), bits, bits / total if total else 0.0)
 
     def _clause(
@@ -199,29 +204,38 @@ _NOTHING = _Found(-np.inf, Atom(0, ()), np.zeros(0, bool))
 class _Search:
     """One latent's questions with their nameable categories, renumbered from 1; 0 is every other category."""
 
-    def __init__(self, learner: Learner, sample: Sample, positive: NDArray[np.bool_], n_firing: float) -> None:
+    def __init__(self, learner: Learner, sample: Sample, n_firing: int) -> None:
         self._learner = learner
+        positive = sample.kind == 0
         self._scale = n_firing / positive.sum()
         self._n_families = learner._code.shape[1]
-        code = learner._code[sample.row]  # [n, n_families]
+        code, stride = learner._code[sample.row], int(learner._start[-1])  # [n, n_families]
         # Nameable: fires in enough documents, or (as an exception) is silent often enough.
         enough = learner._settings.min_documents
         fired = code[positive]
-        often = np.bincount(fired.reshape(-1), minlength=learner._stride) >= enough
+        often = np.bincount(fired.reshape(-1), minlength=stride) >= enough
+        often[0] = False
         width = int(sample.document.max(initial=0)) + 1
         key = fired.astype(np.int64) * width + sample.document[positive][:, None]
-        n_documents = np.bincount(_distinct(key[often[fired]]) // width, minlength=learner._stride)
+        n_documents = np.bincount(_distinct(key[often[fired]]) // width, minlength=stride)
         named = n_documents >= enough
-        excepted = np.bincount(code[~positive].reshape(-1), minlength=learner._stride) >= _FEWEST
+        excepted = np.bincount(code[~positive].reshape(-1), minlength=stride) >= _FEWEST
+        excepted[0] = False
         known = np.flatnonzero(named | excepted)
-        local = np.zeros(learner._stride, np.int32)
-        local[known] = np.arange(1, len(known) + 1)
-        self._global = np.concatenate([[-1], known])
+        self._local = np.zeros(stride, np.int32)
+        self._local[known] = np.arange(1, len(known) + 1)
+        self._global = np.concatenate([[0], known])
         self._view = np.searchsorted(learner._start, self._global, side="right") - 1  # of each local number
         self._named = np.concatenate([[False], named[known]])
         self._excepted = np.concatenate([[False], excepted[known]])
-        self._occurrences = np.concatenate([[0], learner._occurrences[known]])
-        self._code = local[np.ascontiguousarray(code.T)]
+        self._occurrences = learner._occurrences[self._global]
+        self._occurrences[0] = 0
+        self._code = self._local[np.ascontiguousarray(code.T)]
+
+    def ask(self, rows: NDArray[np.int64]) -> None:
+        """Further questions, about silent tokens, after those that there are."""
+        more = self._local[np.ascontiguousarray(self._learner._code[rows].T)]
+        self._code = np.concatenate([self._code, more], axis=1)
 
     def best(self, fires: Floats, silent: Floats, *, per_token: float = 0.0, negated: bool = False) -> _Found:
         """The set of one view that saves most among questions of these weights (0 = not asked).
@@ -268,7 +282,8 @@ class _Search:
 
     def _atom(self, view: int, chosen: NDArray[np.int64], mass: Floats, *, negated: bool = False) -> Atom:
         by_mass = chosen[np.argsort(-mass[chosen], kind="stable")]
-        return Atom(view, tuple((self._global[by_mass] - self._learner._start[view]).tolist()), negated)
+        category = self._learner._category[view]
+        return Atom(view, tuple(category[self._global[by_mass] - self._learner._start[view]].tolist()), negated)
 
 
 def _weights(kind: NDArray[np.int8]) -> Floats:
