@@ -14,21 +14,21 @@ class LabelSettings:
     n_per_quantile: int = 2
     window: int = 16
     """Tokens shown on each side of a firing."""
-    max_categories: int = 128
+    max_categories: int = 512
     """Largest set of tokens that a rule may name."""
     min_documents: int = 3
     """Documents in which a category must fire before a rule may name it."""
     max_atoms: int = 3
     """Conditions that a clause may join."""
-    max_clauses: int = 4
+    max_clauses: int = 8
     """Alternatives that a rule may have."""
     min_precision: float = 0.05
     """Share of the train tokens on which a clause holds that must fire; fewer, and the clause says too much."""
-    n_fitted: int = 3000
+    n_fitted: int = 10_000
     """Firings that a rule is fitted to, drawn evenly over their strength."""
-    n_hard: int = 600
+    n_hard: int = 2000
     """Negatives of each kind that it is fitted to."""
-    n_natural: int = 50_000
+    n_natural: int = 200_000
     """Train tokens by which the precision of clauses is measured and in which counter-examples are sought."""
     n_tested: int = 500
     """Firings that a rule is tested on, and negatives of each kind."""
