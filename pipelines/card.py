@@ -15,6 +15,11 @@ FIGURES = [
     ("KL score", "kl_div_score", "higher is better"),
     ("Silent latents", "dead_share", "share silent on the {n_heldout_tokens:,} held-out tokens"),
     ("Labelled", "label_share_labelled", "share of live latents whose label passed its held-out test"),
+    (
+        "Surviving labels",
+        "label_share_surviving",
+        "share of live latents whose label also tells their firings from the same tokens elsewhere and the same documents",
+    ),
     ("FVU, all tokens", "fvu_all", "attention sinks included"),
     ("CE loss score, all tokens", "ce_loss_score_all", "attention sinks spliced too"),
 ]

@@ -39,7 +39,7 @@ from pipelines.labels.testset import NEGATIVES
 
 Floats = NDArray[np.float64]
 _SHRINK = 1.0
-_CLOSE = 0.95
+_CLOSE = 0.9
 """Views that save nearly as much as the best one: the first, which is the plainest, is taken."""
 _LEAST_SAVED = 0.04
 """Bits per question that a further condition must save to be worth reading."""

@@ -16,7 +16,7 @@ _TITLES = {
     "detection_same_document": "Against the same document",
     "detection_random": "Against random tokens",
     "detection_neighbour": "Against tokens of the nearest latents",
-    "fuzzing": "Fuzzing: right against wrong tokens",
+    "fuzz": "Fuzzing: right against wrong tokens",
     "mismatch": "Mismatch: this label among other latents",
     "counterfactual": "Counterfactual edits",
     "output": "Output: promised tokens rise",
@@ -29,7 +29,7 @@ _HELP = {
 }
 
 FIGURES: Sequence[tuple[str, str, str]] = (
-    ("label_survive_share", "share", "of live latents carry a label that survives"),
+    ("label_share_surviving", "share", "of live latents carry a label that survives every test"),
     ("label_share_labelled", "share", "of live latents are labelled"),
     ("label_null_share", "share", "would be, with rules dealt at random"),
     ("l0", "number", "active latents a token"),

@@ -1,5 +1,7 @@
 """Counterfactual edits against latents whose causes are known: planted in a tiny model's own activations."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -62,7 +64,8 @@ def corpus():
 
 
 def rows_of(labels):
-    return {i: {"labelled": True, "rule_family": f, "rule_values": v} for i, (f, v) in labels.items()}
+    rules = {i: {"any": [{"all": [{"view": f, "in": v}], "score": 1.0}]} for i, (f, v) in labels.items()}
+    return {i: {"labelled": True, "rule": json.dumps(rule)} for i, rule in rules.items()}
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +124,7 @@ def test_scores_do_not_depend_on_which_latents_are_tested_together(scores, corpu
 
 
 def test_an_unlabelled_latent_has_no_swaps_but_a_context(corpus):
-    rows = {0: {"labelled": False, "rule_family": None, "rule_values": None}}
+    rows = {0: {"labelled": False, "rule": None}}
     settings = EditsConfig(max_context=32)
     row = run_edits(firings_of(corpus, 0), corpus, Fires(RULES), LabelsOnTexts(rows, STRINGS), settings, seed=0)[
         0

@@ -152,7 +152,7 @@ def test_a_latent_gets_the_same_questions_alone_and_among_others(drawn):
 def test_train_firings_are_refused(drawn):
     table, _, neighbours, index, _ = drawn
     train = to_firings([table.rows("train")[:3]], [np.ones(3)])
-    with pytest.raises(ValueError, match=r"held-out tokens only, but 3 firings are elsewhere \(first: token row"):
+    with pytest.raises(ValueError, match=r"heldout tokens only, but 3 firings are elsewhere \(first: token row"):
         draw_test_set(train, np.array([0]), index, neighbours[:1], seed=0)
 
 
