@@ -18,7 +18,7 @@ FIGURES = [
     (
         "Surviving labels",
         "label_share_surviving",
-        "share of live latents whose label also tells their firings from the same tokens elsewhere and the same documents",
+        "of live latents: the label also holds against the same tokens elsewhere and the same documents",
     ),
     ("FVU, all tokens", "fvu_all", "attention sinks included"),
     ("CE loss score, all tokens", "ce_loss_score_all", "attention sinks spliced too"),

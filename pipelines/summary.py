@@ -74,6 +74,13 @@ def print_summary(run: Run, console: Console) -> None:
                 f"{share:.1%}",
                 f"of live latents passed the held-out test; rules dealt at random {m['label_null_share']:.1%}",
             )
+        surviving = m.get("label_share_surviving")
+        if surviving is not None:
+            table.add_row(
+                "surviving",
+                f"{surviving:.1%}",
+                "of live latents: the label also holds against the same tokens elsewhere and the same documents",
+            )
         console.print(table)
     if figures["audits"]:
         table = Table(title="audit: the best confirmed latent of each concept", title_justify="left")
