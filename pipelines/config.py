@@ -265,8 +265,8 @@ class TrainConfig(Section):
     """Tokens that each SAE sees; more than the store holds means several epochs."""
     batch_size: int = Field(4096, gt=0)
     """Tokens a step, over all workers."""
-    lr: float = Field(1e-3, gt=0)
-    """Peak learning rate of Adam."""
+    lr: float | None = Field(None, gt=0)
+    """Peak learning rate of Adam; by default the architecture's."""
     warmup_fraction: float = Field(0.05, ge=0, lt=1)
     """Share of the steps with a linear warm-up."""
     decay_fraction: float = Field(0.3, ge=0, le=1)

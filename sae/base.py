@@ -67,6 +67,9 @@ class SAE(nn.Module, ABC):
     """Whether training keeps the decoder rows at norm 1."""
     adam_betas: tuple[float, float] = (0.9, 0.999)
     """Adam's decay rates where `TrainerConfig.betas` leaves them to the architecture."""
+
+    adam_lr: float = 1e-3
+    """Adam's peak learning rate where `TrainerConfig.lr` leaves it to the architecture."""
     float32_tensors: ClassVar[tuple[str, ...]] = ()
     """Tensors that stay float32 when the rest is cast: rounding a threshold would switch latents on and off."""
 

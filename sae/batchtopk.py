@@ -25,6 +25,8 @@ class BatchTopKSAE(ThresholdSAE):
 
     config: BatchTopKConfig
 
+    adam_lr = 3e-3  # least FVU of 1e-4, 3e-4, 1e-3 and 3e-3 over 1M tokens; longer runs may want less
+
     def __init__(self, config: BatchTopKConfig) -> None:
         super().__init__(config)
         self._add_threshold()

@@ -36,6 +36,8 @@ class TopKSAE(SAE):
 
     config: TopKConfig
 
+    adam_lr = 3e-3  # least FVU of 1e-4, 3e-4, 1e-3 and 3e-3 over 1M tokens; longer runs may want less
+
     def __init__(self, config: TopKConfig) -> None:
         super().__init__(config)
 

@@ -36,8 +36,8 @@ Batch = Float[Tensor, "_ _"] | Sequence[Float[Tensor, "_ _"]]
 class TrainerConfig:
     """How an SAE is trained; what it is lives in its own configuration."""
 
-    lr: float = 1e-3
-    """Peak learning rate of Adam."""
+    lr: float | None = None
+    """Peak learning rate of Adam; None takes the architecture's."""
 
     betas: tuple[float, float] | None = None
     """Adam's decay rates of the first and second moments; None takes the architecture's."""
@@ -66,7 +66,7 @@ class TrainerConfig:
 
     def __post_init__(self) -> None:
         wrong = []
-        if not self.lr > 0:
+        if self.lr is not None and not self.lr > 0:
             wrong.append(f"`lr` must be positive, got {self.lr!r}")
         for name in ("warmup_fraction", "decay_fraction"):
             if not 0 <= getattr(self, name) <= 1:
@@ -150,7 +150,8 @@ class Trainer:
             group.broadcast(list(self.sae.state_dict().values()))
         if self.layout.latents.world_size > 1:
             split_latents(self.sae, self.layout.latents)
-        self.optimizer = Optimizer(self.sae, self.layout, config.lr, config.betas, config.grad_clip)
+        self._peak_lr = self.sae.adam_lr if config.lr is None else config.lr
+        self.optimizer = Optimizer(self.sae, self.layout, self._peak_lr, config.betas, config.grad_clip)
         self.step = 0
         self.n_tokens = 0
         self.tokens_since_fired = torch.zeros(len(self.sae.b_enc), dtype=torch.int64, device=self.device)
@@ -230,7 +231,7 @@ class Trainer:
         totals = _Reading(
             self.group.sum(torch.stack([losses.total.detach(), losses.reconstruction.detach(), n_active]))
         )
-        lr = config.lr * schedule(self.step, self.n_steps, config.warmup_fraction, config.decay_fraction)
+        lr = self._peak_lr * schedule(self.step, self.n_steps, config.warmup_fraction, config.decay_fraction)
         self.optimizer.update(losses.total, lr, lambda: self._check_finite(totals.read()[0], variance, n_tokens))
         loss, batch_fvu, total_active = totals.read()
         self._count(losses, n_tokens)
