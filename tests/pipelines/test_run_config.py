@@ -60,7 +60,7 @@ def test_dump_and_load_round_trip_writes_every_default(load, raw):
     dumped = dump_config(config)
     assert load(dumped) == config
     assert load(dump_config(load(dumped))) == config
-    assert yaml.safe_load(dumped)["train"]["lr"] == 1e-3
+    assert yaml.safe_load(dumped)["train"]["lr"] is None
     assert yaml.safe_load(dumped)["collect"]["isolate_documents"] is True
 
 

@@ -115,7 +115,7 @@ def test_store_without_a_usable_token_is_refused(n_train: int, selection: Any, t
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lr": 5e-4}, r"the same run settings\. trainer_config: saved .*'lr': 0\.001.*now .*'lr': 0\.0005"),
+        ({"lr": 5e-4}, r"the same run settings\. trainer_config: saved .*'lr': None.*now .*'lr': 0\.0005"),
         ({"n_steps": 9}, r"n_steps: saved 8, now 9"),
         ({"normalize": "none"}, r"normaliser_scales: saved .*now \[1\.0\]"),
     ],

@@ -100,7 +100,7 @@ def test_first_loss_and_update_equal_dense_autograd(architecture: str) -> None:
     loss.backward()  # type: ignore[no-untyped-call]
     assert dense.W_dec.grad is not None
     dense.W_dec.grad -= (dense.W_dec.grad * dense.W_dec).sum(1, keepdim=True) * dense.W_dec.detach()
-    torch.optim.Adam(dense.parameters(), lr=1e-3).step()
+    torch.optim.Adam(dense.parameters(), lr=run.sae.adam_lr).step()
     with torch.no_grad():
         dense.W_dec /= dense.W_dec.norm(dim=1, keepdim=True)
 
