@@ -55,7 +55,7 @@ def test_run_records_each_stage_once_and_in_order(finished: FinishedRun):
 def test_run_config_has_every_default_and_the_versions(finished: FinishedRun):
     text = (finished.out / "config.yaml").read_text()
     resolved = yaml.safe_load(text)
-    assert resolved["train"]["lr"] == 1e-3
+    assert resolved["train"]["lr"] is None
     assert resolved["sinks"] == {"multiple": 3.0, "train_on_them": False}
     assert re.search(r"^# torch: 2\.", text, re.MULTILINE)
 
