@@ -16,6 +16,7 @@ at most about alpha (Holm for the first, the fallback procedure for the second; 
 
 from collections.abc import Sequence
 
+from pipelines.audit.causal.records import UNTOUCHED
 from pipelines.audit.concepts import Concept
 from pipelines.audit.result import Baseline, Candidate, Claim, Completeness, Level, PowerTable, Verdict
 
@@ -163,12 +164,8 @@ def limits_of(
     if best is not None and best.ood is None:
         out.append("There is no out-of-distribution set, so nothing here is called robust.")
     if concept.kind == "text":
-        out.append(
-            "This is about text that the model reads. It says nothing about what the model does, and no latent was "
-            "switched off: association, not cause."
-        )
-    else:
-        out.append("No latent was switched off: what accompanies a behaviour need not bring it about.")
+        out.append("This is about text that the model reads. It says nothing about what the model does.")
+    out.append(UNTOUCHED)
     out += [
         "Only this kind of text was tested: another register, another language or a longer context may behave "
         "differently.",

@@ -83,6 +83,7 @@ def verify_audit(folder: Path, *, ledger: Ledger | None = None) -> Verified:
     notes.append(
         "taken as recorded: scores of fitted probes and random features, cosines, absorption"
         + (", word statistics (redacted)" if result.concept.redacted else "")
+        + (", causal tests (they need the model)" if result.causal is not None else "")
     )
     return Verified(problems, notes, sum(_numbers(value) for value in recomputed.values()))
 

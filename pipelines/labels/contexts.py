@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.labels.draws import integers_below
 from pipelines.labels.families import Family, TokenTable
 from pipelines.labels.firings import Firings
 
@@ -70,8 +71,9 @@ def select_examples(
     firings: Firings,
     order: NDArray[np.int64],
     document: NDArray[np.int32],
-    rng: np.random.Generator,
+    seed: int,
     *,
+    first_latent: int = 0,
     n_top: int,
     n_quantiles: int,
     n_per_quantile: int,
@@ -82,13 +84,14 @@ def select_examples(
         firings: train firings on usable tokens.
         order: `order_by_strength(firings)`.
         document: document of each token row.
+        first_latent: number of the block's first latent: what is drawn depends on the latent, not on its block.
 
     Returns:
         For a latent with fewer firings or documents than asked for, as many examples as there are; never one firing
         twice.
     """
     top = _strongest_per_document(firings, order, document, n_top)
-    sampled = _one_per_stratum(firings, order, rng, n_quantiles * n_per_quantile)
+    sampled = _one_per_stratum(firings, order, seed, first_latent, n_quantiles * n_per_quantile)
     fresh = ~np.isin(sampled[0], top[0])
     sampled = (sampled[0][fresh], sampled[1][fresh])
 
@@ -116,11 +119,12 @@ def _strongest_per_document(
 
 
 def _one_per_stratum(
-    firings: Firings, order: NDArray[np.int64], rng: np.random.Generator, n_strata: int
+    firings: Firings, order: NDArray[np.int64], seed: int, first_latent: int, n_strata: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     edges = firings.n_firings[:, None] * np.arange(n_strata + 1)[None] // n_strata
     size = np.diff(edges, axis=1)
-    draw = edges[:, :-1] + (rng.random(size.shape) * size).astype(np.int64)
+    latent = np.arange(first_latent, first_latent + firings.n_latents)
+    draw = edges[:, :-1] + integers_below(size, seed, 20, latent[:, None], np.arange(n_strata)[None])
     from_weakest = firings.indptr[1:, None] - 1 - draw
     stratum = np.broadcast_to(np.arange(n_strata)[None], size.shape)
     return order[from_weakest[size > 0]], stratum[size > 0]

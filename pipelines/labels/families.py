@@ -33,10 +33,6 @@ from torch import Tensor
 
 from pipelines.labels.meanings import SIZES, cluster_forms
 
-FAMILY_NAMES = (
-    *("token", "word", "previous", "earlier", "pair", "start", "end2", "end3", "end4", "shape", "position"),
-    *("repeated", *(f"meaning{size}" for size in SIZES), "previous_meaning", "topic"),
-)
 DOCUMENT_START = "the start of a document"
 SHAPES = (
     "capitalised words",
@@ -140,7 +136,7 @@ class TokenTable:
 def build_families(
     table: TokenTable, token_strings: Sequence[str], W_U: Float[Tensor, "d_model vocab"] | None = None
 ) -> list[Family]:
-    """The families of the module docstring, in the order of `FAMILY_NAMES`.
+    """The families of the module docstring, the plainest first.
 
     Args:
         token_strings: readable text of every token id, a leading space kept.

@@ -19,52 +19,21 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.labels.learn import Learned
+from pipelines.labels.fitting import Fitted
 from pipelines.labels.logit_lens import logit_lens
 from pipelines.labels.relations import Relations
-from pipelines.labels.rules import Rule, Views
-from pipelines.labels.scores import Detection, mismatch_p
+from pipelines.labels.rules import Views
+from pipelines.labels.scores import mismatch_p
 from pipelines.labels.settings import LabelSettings, LabelSummary
 from pipelines.labels.tables import FEATURES, ParquetFile, nullable
-from pipelines.labels.testing import Ranks
+from pipelines.labels.testing import Tested
 from pipelines.labels.testset import NEGATIVES
-from pipelines.labels.verdicts import DECISIVE, LabelScores, decisive_p, surviving
+from pipelines.labels.verdicts import DECISIVE, decisive_p, surviving
 
 FEATURES_FILE = "features.parquet"
 EXAMPLES_FILE = "examples.parquet"
 COUNTER_EXAMPLES_FILE = "counter_examples.parquet"
 MISMATCH_LEVEL = 0.05
-
-
-class Fitted(NamedTuple):
-    """What the pass over train documents leaves, an entry per latent."""
-
-    learned: list[Learned]
-    strong: NDArray[np.float32]
-    """Half of the train activation lies in firings this strong."""
-    n_train_active: NDArray[np.int64]
-    n_heldout_active: NDArray[np.int64]
-    max_activation: NDArray[np.float32]
-    top_tokens: list[list[str]]
-
-    @property
-    def rules(self) -> list[Rule]:
-        return [learned.rule for learned in self.learned]
-
-    @property
-    def has_rule(self) -> NDArray[np.bool_]:
-        return np.array([bool(learned.rule) for learned in self.learned], bool)
-
-
-class Tested(NamedTuple):
-    """What the pass over held-out documents leaves, an entry per latent; see `testing.TestedBlock`."""
-
-    natural: Detection
-    tpr_strong: NDArray[np.float64]
-    scores: LabelScores
-    ranks: Ranks
-    null: NDArray[np.float32]
-    dealt: Detection
 
 
 class Decided(NamedTuple):
@@ -79,13 +48,21 @@ class Decided(NamedTuple):
     monosemanticity: NDArray[np.float64]
 
 
+def passes(low: NDArray[np.floating[Any]], p: NDArray[np.floating[Any]], min_detection: float) -> NDArray[np.bool_]:
+    """Whether a rule labels its latent; not where a score is undefined.
+
+    Args:
+        low: lower bound of the balanced accuracy on held-out documents.
+        p: `mismatch_p`.
+    """
+    return np.asarray((low > min_detection) & (p <= MISMATCH_LEVEL), bool)
+
+
 def decide(second: Tested, min_detection: float) -> Decided:
     """Which labels passed."""
     p = mismatch_p(second.natural.balanced_accuracy, second.null)
-    labelled = (second.natural.low > min_detection) & (p <= MISMATCH_LEVEL)
-    wrongly = (second.dealt.low > min_detection) & (
-        mismatch_p(second.dealt.balanced_accuracy, second.null) <= MISMATCH_LEVEL
-    )
+    labelled = passes(second.natural.low, p, min_detection)
+    wrongly = passes(second.dealt.low, mismatch_p(second.dealt.balanced_accuracy, second.null), min_detection)
     decisive = decisive_p(second.scores)
     survives = labelled & surviving(second.scores, decisive, second.ranks.random, min_detection)
     return Decided(p, decisive, labelled, survives, wrongly, monosemanticity(second))

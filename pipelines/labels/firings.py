@@ -1,6 +1,6 @@
 """Where latents fire: sparse activations of a block of latents, and how to cut a dictionary into blocks."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -43,6 +43,16 @@ class Firings(NamedTuple):
         indptr = np.concatenate([np.zeros(1, np.int64), np.cumsum(size, dtype=np.int64)])
         entry = np.arange(indptr[-1]) + np.repeat(self.indptr[latents] - indptr[:-1], size)
         return Firings(indptr, self.row[entry], self.value[entry])
+
+
+def join_firings(parts: Sequence[Firings]) -> Firings:
+    """The firings of consecutive blocks as those of one."""
+    n_firings = np.concatenate([part.n_firings for part in parts])
+    return Firings(
+        np.concatenate([np.zeros(1, np.int64), np.cumsum(n_firings, dtype=np.int64)]),
+        np.concatenate([part.row for part in parts]),
+        np.concatenate([part.value for part in parts]),
+    )
 
 
 def block_ranges(counts: NDArray[np.int64], max_firings: int, max_latents: int) -> Iterator[tuple[int, int]]:

@@ -1,5 +1,6 @@
 """The pass over train documents: examples, counts and a rule for each latent of a block."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -8,7 +9,7 @@ from numpy.typing import NDArray
 from pipelines.labels.contexts import Examples, Windows, cut_windows, order_by_strength, select_examples, top_tokens_of
 from pipelines.labels.firings import Firings
 from pipelines.labels.learn import Learned, Learner, Sample
-from pipelines.labels.rules import Views
+from pipelines.labels.rules import Rule, Views
 from pipelines.labels.settings import LabelSettings
 from pipelines.labels.testset import N_DECILES, SplitIndex, draw_test_set
 
@@ -17,19 +18,46 @@ _TOGETHER = 64
 """Latents whose questions are drawn at a time."""
 
 
-class FittedBlock(NamedTuple):
-    """What the pass leaves of a block, an entry per latent."""
+class Fitted(NamedTuple):
+    """What fitting says, an entry per latent."""
 
     learned: list[Learned]
     strong: NDArray[np.float32]
     """Half of the train activation lies in firings this strong."""
     n_train_active: NDArray[np.int64]
+    n_heldout_active: NDArray[np.int64]
     max_activation: NDArray[np.float32]
     top_tokens: list[list[str]]
-    examples: Examples | None
-    windows: Windows | None
+
+    @property
+    def rules(self) -> list[Rule]:
+        return [learned.rule for learned in self.learned]
+
+    @property
+    def has_rule(self) -> NDArray[np.bool_]:
+        return np.array([bool(learned.rule) for learned in self.learned], bool)
+
+
+class FittedBlock(NamedTuple):
+    """What the pass leaves of a block."""
+
+    fitted: Fitted
     heldout: Firings
     """Firings on usable held-out tokens."""
+    examples: Examples
+    windows: Windows
+
+
+def join_fitted(parts: Sequence[Fitted]) -> Fitted:
+    """What fitting says of consecutive blocks as of one dictionary."""
+    return Fitted(
+        [learned for part in parts for learned in part.learned],
+        np.concatenate([part.strong for part in parts]),
+        np.concatenate([part.n_train_active for part in parts]),
+        np.concatenate([part.n_heldout_active for part in parts]),
+        np.concatenate([part.max_activation for part in parts]),
+        [words for part in parts for words in part.top_tokens],
+    )
 
 
 class Fitting:
@@ -58,21 +86,21 @@ class Fitting:
             train,
             order,
             table.document,
-            np.random.default_rng([self._seed, lo]),
+            self._seed,
+            first_latent=lo,
             n_top=s.n_top,
             n_quantiles=s.n_quantiles,
             n_per_quantile=s.n_per_quantile,
         )
-        return FittedBlock(
+        fitted = Fitted(
             self._learn(lo, train),
-            strong_level(train, order),
+            _strong_level(train, order),
             train.n_firings,
-            np.maximum(largest(train), largest(heldout)),
+            heldout.n_firings,
+            np.maximum(_largest(train), _largest(heldout)),
             top_tokens_of(train, self._views.families[0], s.n_words),
-            examples,
-            cut_windows(examples, everything, table, s.window),
-            heldout,
         )
+        return FittedBlock(fitted, heldout, examples, cut_windows(examples, everything, table, s.window))
 
     def _learn(self, lo: int, train: Firings) -> list[Learned]:
         learned: list[Learned] = []
@@ -97,7 +125,7 @@ class Fitting:
         return learned
 
 
-def strong_level(firings: Firings, order: NDArray[np.int64]) -> NDArray[np.float32]:
+def _strong_level(firings: Firings, order: NDArray[np.int64]) -> NDArray[np.float32]:
     """Half of a latent's total activation lies in firings at least this strong.
 
     Args:
@@ -112,7 +140,7 @@ def strong_level(firings: Firings, order: NDArray[np.int64]) -> NDArray[np.float
     return level
 
 
-def largest(firings: Firings) -> NDArray[np.float32]:
+def _largest(firings: Firings) -> NDArray[np.float32]:
     """Strongest firing of each latent; 0 where there is none."""
     found = np.zeros(firings.n_latents, np.float32)
     live = firings.n_firings > 0

@@ -22,7 +22,7 @@ def run_blocks(job: Callable[..., T], blocks: Iterable[tuple[Any, ...]], *, n_wo
         blocks: arguments, made as they are needed.
         n_workers: processes; 0 is one per core, 1 runs everything here.
     """
-    n_workers = n_workers or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    n_workers = n_workers or os.cpu_count() or 1
     if n_workers == 1 or "fork" not in multiprocessing.get_all_start_methods():
         for block in blocks:
             yield job(*block)

@@ -1,7 +1,7 @@
 """Everybody's labels of a dictionary in one table, as part of the label stage or after an import.
 
 Ours are recomputed; those of other people come from the shelf, and are tested again. What features.parquet shows as
-`label` is the first of `label.prefer` that passed.
+`label` is the first of `label.prefer` that passed every test, else our rule if it passed the held-out one.
 """
 
 import re
@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from pipelines.config import RunConfig
 from pipelines.errors import RunError
 from pipelines.labels.external.shelf import Shelf
+from pipelines.labels.features import passes
 from pipelines.labels.llm.budget import Budget
 from pipelines.labels.llm.ledger import Ledger
 from pipelines.labels.llm.worker import Worker
@@ -110,7 +111,7 @@ def gather(
         return source in sources or (only is None and (source == PREDICATE or source.startswith("llm:")))
 
     table = replace_rows(folder, rows, ours)
-    _show_preferred(folder, preferred(table, config.label.prefer))
+    _show_preferred(folder, preferred(table, config.label.prefer), config.label.min_detection)
     figures = {key: value for summary in summaries for key, value in _figures(summary).items()}
     if llm is not None:
         figures |= _account(run)
@@ -167,21 +168,29 @@ def _predicate_rows(folder: Path) -> list[Row]:
     return rows
 
 
-def _show_preferred(folder: Path, chosen: dict[int, Row]) -> None:
-    """Set label, label_kind, labelled and label_source of features.parquet; nothing else changes."""
+def _show_preferred(folder: Path, chosen: dict[int, Row], min_detection: float) -> None:
+    """Set label, label_kind, labelled and label_source of features.parquet; nothing else changes.
+
+    Where no preferred label passed every test, the fitted rule stays if it passed its own (see `features`).
+    """
     file = folder / "features.parquet"
     table = pq.read_table(file)
     shown = {name: table[name].to_pylist() for name in ("label", "label_kind", "labelled", "label_source")}
     families, latents = table["rule_family"].to_pylist(), table["latent"].to_pylist()
+    candidates = table["candidate"].to_pylist()
+    low = table["detection_low"].to_numpy(zero_copy_only=False)
+    own = passes(low, table["detection_mismatch_p"].to_numpy(zero_copy_only=False), min_detection)
     for i, latent in enumerate(latents):
         best = chosen.get(latent)
-        if best is None:
+        if best is None and not own[i]:
             silent = shown["label_kind"][i] == "silent"
             label, kind, source = None, "silent" if silent else "unlabelled", None
+        elif best is None or best["source"] == PREDICATE:
+            label, kind, source = candidates[i], families[i], PREDICATE
         else:
             source = best["source"]
-            label, kind = best["label"], families[i] if source == PREDICATE else source.partition(":")[0]
-        for column, value in zip(shown.values(), (label, kind, best is not None, source), strict=True):
+            label, kind = best["label"], source.partition(":")[0]
+        for column, value in zip(shown.values(), (label, kind, source is not None, source), strict=True):
             column[i] = value
     for column_name, values in shown.items():
         at = table.schema.get_field_index(column_name)

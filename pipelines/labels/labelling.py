@@ -19,22 +19,20 @@ from pipelines.labels.families import TokenTable
 from pipelines.labels.features import (
     COUNTER_EXAMPLES_FILE,
     EXAMPLES_FILE,
-    Fitted,
-    Tested,
     decide,
     lens_words,
     summarise,
     write_features,
 )
-from pipelines.labels.firings import Firings, block_ranges
-from pipelines.labels.fitting import Fitting
+from pipelines.labels.firings import Firings, block_ranges, join_firings
+from pipelines.labels.fitting import Fitted, Fitting, join_fitted
 from pipelines.labels.forked import run_blocks
 from pipelines.labels.neighbours import nearest_neighbours
 from pipelines.labels.relations import relate
 from pipelines.labels.rules import Views
 from pipelines.labels.settings import LabelSettings, LabelSummary
 from pipelines.labels.tables import EXAMPLES, ParquetFile, example_columns
-from pipelines.labels.testing import TestedBlock, Testing, join, join_scores
+from pipelines.labels.testing import Tested, Testing, join_tested
 from pipelines.progress import Reporter
 
 ReadBlock = Callable[[int, int], Firings]
@@ -67,9 +65,9 @@ def label_latents(
     views = Views(table, token_strings, W_U=W_U)
     neighbours, cosine = nearest_neighbours(W_dec, config.n_others)
     with ParquetFile(out_dir / EXAMPLES_FILE, EXAMPLES) as file:
-        first, heldout = fit_rules(views, read_block, counts, ui, _writer(file, table, token_strings), seed, config)
+        first, heldout = _fit_rules(views, read_block, counts, ui, _writer(file, table, token_strings), seed, config)
     with ParquetFile(out_dir / COUNTER_EXAMPLES_FILE, EXAMPLES) as file:
-        second, holes = test_rules(
+        second, holes = _test_rules(
             views, first, heldout, neighbours, ui, _writer(file, table, token_strings), seed, config
         )
     decided = decide(second, config.min_detection)
@@ -89,12 +87,12 @@ def _writer(file: ParquetFile, table: TokenTable, token_strings: Sequence[str]) 
     return write
 
 
-def fit_rules(
+def _fit_rules(
     views: Views,
     read_block: ReadBlock,
     counts: NDArray[np.int64],
     ui: Reporter,
-    write: Write | None,
+    write: Write,
     seed: int,
     config: LabelSettings,
 ) -> tuple[Fitted, Firings]:
@@ -102,37 +100,25 @@ def fit_rules(
     fitting = Fitting(views, config, seed, len(counts))
     ranges = list(block_ranges(np.asarray(counts), config.max_firings_per_block, _LATENTS_PER_BLOCK))
     blocks = ((lo, read_block(lo, hi)) for lo, hi in ranges)
-    parts = []
+    parts: list[Fitted] = []
+    heldout: list[Firings] = []
     with ui.stage("label", total=len(counts), unit="latents") as bar:
         found = run_blocks(fitting.block, blocks, n_workers=_workers(counts, config))
-        for (lo, hi), part in zip(ranges, found, strict=True):
-            if write is not None and part.examples is not None and part.windows is not None:
-                write(part.examples, part.windows, lo)
-            parts.append(part._replace(examples=None, windows=None))  # they take the most room
+        for (lo, hi), block in zip(ranges, found, strict=True):
+            write(block.examples, block.windows, lo)
+            parts.append(block.fitted)
+            heldout.append(block.heldout)
             bar.advance(hi - lo)
-    heldout = Firings(
-        np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate([p.heldout.n_firings for p in parts]))]),
-        np.concatenate([p.heldout.row for p in parts]),
-        np.concatenate([p.heldout.value for p in parts]),
-    )
-    fitted = Fitted(
-        [learned for part in parts for learned in part.learned],
-        np.concatenate([part.strong for part in parts]),
-        np.concatenate([part.n_train_active for part in parts]),
-        heldout.n_firings,
-        np.concatenate([part.max_activation for part in parts]),
-        [words for part in parts for words in part.top_tokens],
-    )
-    return fitted, heldout
+    return join_fitted(parts), join_firings(heldout)
 
 
-def test_rules(
+def _test_rules(
     views: Views,
     first: Fitted,
     heldout: Firings,
     neighbours: NDArray[np.int64],
     ui: Reporter,
-    write: Write | None,
+    write: Write,
     seed: int,
     config: LabelSettings,
 ) -> tuple[Tested, list[NDArray[np.int64]]]:
@@ -144,20 +130,16 @@ def test_rules(
     testing = Testing(views, first.rules, heldout, neighbours, first.strong, dealt_to, null_latents, config, seed)
     step = min(_LATENTS_PER_BLOCK, max(1, 2_000_000 // testing.n_documents))
     ranges = [(lo, min(lo + step, n_latents)) for lo in range(0, n_latents, step)]
-    parts: list[TestedBlock] = []
+    parts: list[Tested] = []
     holes: list[NDArray[np.int64]] = []
     with ui.stage("test labels", total=n_latents, unit="latents") as bar:
         found = run_blocks(testing.block, ranges, n_workers=_workers(heldout.n_firings, config))
-        for (lo, hi), part in zip(ranges, found, strict=True):
-            if write is not None and part.examples is not None and part.windows is not None:
-                write(part.examples, part.windows, lo)
-            holes += part.holes
-            parts.append(part._replace(examples=None, windows=None, holes=[]))
+        for (lo, hi), block in zip(ranges, found, strict=True):
+            write(block.examples, block.windows, lo)
+            parts.append(block.tested)
+            holes += block.holes
             bar.advance(hi - lo)
-    return _join(parts), holes
-
-
-test_rules.__test__ = False  # type: ignore[attr-defined]  # no test of ours, whatever pytest thinks
+    return join_tested(parts), holes
 
 
 def _workers(counts: NDArray[np.int64], config: LabelSettings) -> int:
@@ -171,14 +153,3 @@ def deal_to_others(has_rule: NDArray[np.bool_], rng: np.random.Generator) -> NDA
     if len(cycle) > 1:
         dealt[cycle] = np.roll(cycle, 1)
     return dealt
-
-
-def _join(parts: Sequence[TestedBlock]) -> Tested:
-    return Tested(
-        join([p.natural for p in parts]),
-        np.concatenate([p.tpr_strong for p in parts]),
-        join_scores([p.scores for p in parts]),
-        join([p.ranks for p in parts]),
-        np.concatenate([p.null for p in parts]),
-        join([p.dealt for p in parts]),
-    )

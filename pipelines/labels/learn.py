@@ -111,31 +111,22 @@ class Learner:
             return Learned((), 0.0, 0.0)
         density = len(firing) / self._n_train
         search = _Search(self, sample, len(firing))
-        learned = self._fit_once(search, sample.kind, density)
-        wrong = self._counter_examples(learned.rule, firing, int(positive.sum()))
+        learned, holds = self._fit_once(search, sample.kind, density)
+        wrong = _counter_examples(holds, firing, int(positive.sum()))
         if len(wrong) < _FEWEST:
             return learned
         search.ask(wrong)
         kind = np.concatenate([sample.kind, np.full(len(wrong), _COUNTER_EXAMPLE, np.int8)])
-        return self._fit_once(search, kind, density)
+        return self._fit_once(search, kind, density)[0]
 
-    def _counter_examples(self, rule: Rule, firing: NDArray[np.int64], limit: int) -> NDArray[np.int64]:
-        """Silent tokens of the natural sample on which a rule holds; `limit` of them, evenly spread."""
-        if not rule:
-            return np.zeros(0, np.int64)
-        holds = self._natural[self._views.score(rule, self._natural) > 0]
-        at = np.minimum(np.searchsorted(firing, holds), len(firing) - 1)
-        silent: NDArray[np.int64] = holds[firing[at] != holds]
-        if len(silent) > limit:
-            silent = silent[np.linspace(0, len(silent) - 1, limit).astype(np.int64)]
-        return silent
-
-    def _fit_once(self, search: "_Search", kind: NDArray[np.int8], density: float) -> Learned:
+    def _fit_once(self, search: "_Search", kind: NDArray[np.int8], density: float) -> tuple[Learned, NDArray[np.int64]]:
+        """Also the tokens of the natural sample on which the rule holds, ascending."""
         positive, weight = kind == 0, _weights(kind)
         fires, silent = np.where(positive, weight, 0.0), np.where(positive, 0.0, weight)
         left = np.ones(len(positive), bool)
         clauses: list[Clause] = []
         held: list[NDArray[np.bool_]] = []
+        natural: list[NDArray[np.int64]] = []
         bits = 0.0
         any_token = kind == 1 + NEGATIVES.index("random")
         per_token = float(silent[any_token].sum()) / self._n_train
@@ -147,14 +138,19 @@ class Learner:
             if not atoms or on <= off or on < _LEAST_SHARE * fires.sum():
                 break
             left = left & ~inside
-            clause = Clause(atoms, float(on / (on + off)))
-            if self._precision(clause, on / fires.sum(), density) >= self._settings.min_precision:
-                clauses.append(clause)
+            rows = self._natural
+            for atom in atoms:
+                rows = rows[self._views.hold(atom, rows)]
+            expected = on / fires.sum() * density * len(self._natural)  # firings of the clause in a natural sample
+            if expected >= self._settings.min_precision * len(rows):
+                clauses.append(Clause(atoms, float(on / (on + off))))
                 held.append(inside)
+                natural.append(rows)
                 bits += saved
         total = float(_code_length(np.array(fires.sum() + silent.sum()), np.array(fires.sum())))
         kept = _best_length(held, kind)
-        return Learned(tuple(clauses[:kept]), bits, bits / total if total else 0.0)
+        holds = _distinct(np.concatenate([np.zeros(0, np.int64), *natural[:kept]]))
+        return Learned(tuple(clauses[:kept]), bits, bits / total if total else 0.0), holds
 
     def _clause(
         self,
@@ -182,13 +178,6 @@ class Learner:
             inside = inside & (~best.inside if best.atom.negated else best.inside)
             total += best.saved
         return atoms, inside, total
-
-    def _precision(self, clause: Clause, share: float, density: float) -> float:
-        """Share of natural tokens where the clause holds that fire, from its share of the firings."""
-        rows = self._natural
-        for atom in clause.atoms:
-            rows = rows[self._views.hold(atom, rows)]
-        return float(min(1.0, share * density * len(self._natural) / max(len(rows), 1)))
 
 
 class _Found(NamedTuple):
@@ -284,6 +273,12 @@ class _Search:
         by_mass = chosen[np.argsort(-mass[chosen], kind="stable")]
         category = self._learner._category[view]
         return Atom(view, tuple(category[self._global[by_mass] - self._learner._start[view]].tolist()), negated)
+
+
+def _counter_examples(holds: NDArray[np.int64], firing: NDArray[np.int64], limit: int) -> NDArray[np.int64]:
+    """Tokens on which a rule holds and the latent is silent; `limit` of them, evenly spread."""
+    silent = np.setdiff1d(holds, firing, assume_unique=True)
+    return silent[np.linspace(0, len(silent) - 1, limit).astype(np.int64)] if len(silent) > limit else silent
 
 
 def _weights(kind: NDArray[np.int8]) -> Floats:

@@ -50,23 +50,39 @@ def relate(
     """
     n = firings.n_latents
     found = Relations([[] for _ in range(n)], [[] for _ in range(n)], [[] for _ in range(n)], [[] for _ in range(n)])
-    rows = [firings.row[firings.indptr[i] : firings.indptr[i + 1]] for i in range(n)]
+    size = firings.n_firings
+    marked = _Marked(firings)
     for i in range(n):
-        mine = rows[i]
-        if len(mine) < _FEWEST:
+        near = neighbours[i][size[neighbours[i]] >= _FEWEST]
+        if size[i] < _FEWEST or not len(near):
             continue
-        for j, near in zip(neighbours[i].tolist(), cosine[i].tolist(), strict=True):
-            theirs = rows[j]
-            if len(theirs) < _FEWEST:
-                continue
-            both = len(np.intersect1d(mine, theirs, assume_unique=True))
-            if near >= _COSINE or both >= _SAME * (len(mine) + len(theirs) - both):
-                found.near_duplicates[i].append(j)
-            elif both >= _WITHIN * len(theirs) and len(mine) >= 2 * len(theirs):
-                found.splits_into[i].append(j)
-                found.split_from[j].append(i)
-            elif len(holes[i]) >= _FEWEST and len(theirs) < len(mine):
-                taken = len(np.intersect1d(holes[i], theirs, assume_unique=True))
-                if taken >= _HOLES * len(holes[i]) and taken + both >= _HOLES * len(theirs):
-                    found.absorbed_by[i].append(j)
+        mine = firings.row[firings.indptr[i] : firings.indptr[i + 1]]
+        both, taken = marked.counts(mine, near), marked.counts(holes[i], near)
+        same = cosine[i][size[neighbours[i]] >= _FEWEST] >= _COSINE
+        same |= both >= _SAME * (size[i] + size[near] - both)
+        within = ~same & (both >= _WITHIN * size[near]) & (size[i] >= 2 * size[near])
+        absorbing = ~same & ~within & (len(holes[i]) >= _FEWEST) & (size[near] < size[i])
+        absorbing &= (taken >= _HOLES * len(holes[i])) & (taken + both >= _HOLES * size[near])
+        found.near_duplicates[i].extend(near[same].tolist())
+        found.splits_into[i].extend(near[within].tolist())
+        found.absorbed_by[i].extend(near[absorbing].tolist())
+        for j in near[within].tolist():
+            found.split_from[j].append(i)
     return found
+
+
+class _Marked:
+    """Counts how many of some token rows each of a few latents fires on."""
+
+    def __init__(self, firings: Firings) -> None:
+        self._firings = firings
+        self._mark = np.zeros(int(firings.row.max(initial=-1)) + 1, bool)
+
+    def counts(self, rows: NDArray[np.int64], latents: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Of each latent, its firings among `rows`; every latent must fire somewhere."""
+        inside = rows[rows < len(self._mark)]
+        self._mark[inside] = True
+        theirs = self._firings.take(latents)
+        found = np.add.reduceat(self._mark[theirs.row].astype(np.int64), theirs.indptr[:-1])
+        self._mark[inside] = False
+        return np.asarray(found, np.int64)

@@ -38,7 +38,7 @@ LABELS = pa.schema(
         ("source", pa.string()),
         ("label", pa.string()),  # null where the author abstained or failed
         ("status", pa.string()),
-        ("passed", pa.bool_()),  # survives every test (see `judging`); null unless tested or failed
+        ("passed", pa.bool_()),  # survives every test (`verdicts.surviving`); null unless tested or failed
         ("author", pa.string()),
         ("date", pa.string()),  # ISO 8601, as the author gave it; null for what this run made
         ("note", pa.string()),

@@ -118,8 +118,8 @@ class Views:
         else:
             view, group = family.of_form
             names = self.categories(self.names.index(view))
-            occurs = self._occurring
-            values = [names[i] for i in np.flatnonzero(np.isin(group, atom.codes) & occurs[: len(group)]).tolist()]
+            members = np.isin(group, atom.codes) & self._occurring[: len(group)]
+            values = [names[i] for i in np.flatnonzero(members).tolist()]
         return {"view": view, "not_in" if atom.negated else "in": values}
 
     @cached_property
@@ -136,13 +136,12 @@ class Views:
         }
 
     def _atom_of(self, data: Mapping[str, Any]) -> Atom:
-        negated = "not_in" in data
-        known = self._codes.get(data["view"], {})
-        values = data["not_in" if negated else "in"]
-        codes = tuple(sorted({known[_key(value)] for value in values if _key(value) in known}))
         if data["view"] not in self._codes:
-            return Atom(0, (), False)
-        return Atom(self.names.index(data["view"]), codes, negated)
+            return Atom(0, ())
+        negated, known = "not_in" in data, self._codes[data["view"]]
+        named = (_key(value) for value in data["not_in" if negated else "in"])
+        codes = sorted({known[value] for value in named if value in known})
+        return Atom(self.names.index(data["view"]), tuple(codes), negated)
 
     def _reading_order(self, atom: Atom) -> tuple[bool, int]:
         return (atom.negated or self.names[atom.family] not in _NOUNS, atom.family)

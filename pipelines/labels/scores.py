@@ -96,45 +96,6 @@ def wilson_interval(rate: FloatArray, n: FloatArray, quantile: FloatArray) -> tu
     return np.clip(centre - half, 0.0, 1.0), np.clip(centre + half, 0.0, 1.0)
 
 
-def graded_auroc(
-    indptr: NDArray[np.int64],
-    firing_in: NDArray[np.int64],
-    tokens_in: NDArray[np.int64],
-    rate: NDArray[np.float32],
-    n_firing: NDArray[np.int64],
-    n_tokens: int,
-) -> FloatArray:
-    """AUROC of the graded label: a token in the set scores its category's train rate, any other token scores below all.
-
-    Args:
-        indptr: categories of label i are entries `indptr[i]:indptr[i + 1]` of the next three.
-        firing_in, tokens_in: held-out firing and usable tokens of each category.
-        rate: score of each category, higher = more likely to fire.
-        n_firing: held-out firing tokens of each latent; n_tokens: held-out usable tokens.
-
-    Returns:
-        P(score of a firing token > score of a silent one) + 1/2 P(equal), Mann and Whitney 1947; NaN with only one
-        class.
-    """
-    n = len(indptr) - 1
-    owner = np.repeat(np.arange(n), np.diff(indptr))
-    by = np.lexsort((-rate, owner))  # best category first
-    tied = np.zeros(len(by), bool)
-    tied[1:] = (owner[by][1:] == owner[by][:-1]) & (rate[by][1:] == rate[by][:-1])
-    group, group_owner = np.cumsum(~tied) - 1, owner[by][~tied]
-    firing = _sum_by(group, firing_in[by], len(group_owner))
-    silent = _sum_by(group, (tokens_in - firing_in)[by], len(group_owner))
-    begins = np.searchsorted(group_owner, np.arange(n + 1))
-
-    above = np.concatenate([np.zeros(1), np.cumsum(firing)])
-    ahead = above[:-1] - above[begins[group_owner]]
-    wins = _sum_by(group_owner, silent * (ahead + firing / 2), n)
-    firing_inside, silent_inside = _sum_by(group_owner, firing, n), _sum_by(group_owner, silent, n)
-    n_silent = n_tokens - n_firing
-    wins = wins + (n_silent - silent_inside) * (firing_inside + (n_firing - firing_inside) / 2)
-    return _ratio(wins, n_firing.astype(np.float64) * n_silent)
-
-
 def mismatch_p(own: FloatArray, null: NDArray[np.float32]) -> FloatArray:
     """How common a fit this good is among other latents: (1 + #{null >= own}) / (1 + #null).
 
@@ -145,10 +106,6 @@ def mismatch_p(own: FloatArray, null: NDArray[np.float32]) -> FloatArray:
     valid = ~np.isnan(null)
     beaten = (valid & (null >= own[:, None].astype(np.float32))).sum(1)
     return np.asarray(np.where(np.isnan(own), 1.0, (1 + beaten) / (1 + valid.sum(1))), np.float64)
-
-
-def _sum_by(index: NDArray[np.int64], weight: NDArray[np.int64] | FloatArray, n: int) -> FloatArray:
-    return np.bincount(index, weights=weight, minlength=n).astype(np.float64)
 
 
 def _ratio(numerator: NDArray[np.int64] | FloatArray, denominator: NDArray[np.int64] | FloatArray) -> FloatArray:

@@ -42,7 +42,7 @@ FEATURES = pa.schema(
         ("label_kind", pa.string()),  # view that its first condition is about; "unlabelled"; "silent" = never fires
         ("labelled", pa.bool_()),
         ("candidate", pa.string()),  # the fitted rule in English, whether or not it passed
-        ("survives", pa.bool_()),  # labelled, and the label passes every test (see `verdicts.surviving`)
+        ("survives", pa.bool_()),  # the fitted rule passes every test (`verdicts.surviving`)
         ("monosemanticity", pa.float32()),  # see `features.monosemanticity`
         ("rule", pa.string()),  # the fitted rule as data: JSON, see `rules.Views.data`
         ("rule_family", pa.string()),  # view that its first condition is about

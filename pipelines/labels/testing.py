@@ -17,6 +17,8 @@ from pipelines.labels.verdicts import LabelScores, score_verdicts
 _TOGETHER = 64
 _WINDOWS_PER_OTHER = 100
 _MOST_HOLES = 2000
+_Shown = tuple[int, int, int, int, float]
+"""A counter-example: latent within the block, kind, rank, token row, activation."""
 
 
 class Ranks(NamedTuple):
@@ -28,8 +30,8 @@ class Ranks(NamedTuple):
     n_neighbour: NDArray[np.int32]
 
 
-class TestedBlock(NamedTuple):
-    """What the pass leaves of a block, an entry per latent."""
+class Tested(NamedTuple):
+    """What the tests say, an entry per latent."""
 
     natural: Detection
     """Over all held-out tokens."""
@@ -41,9 +43,15 @@ class TestedBlock(NamedTuple):
     """`[n, n_null]` balanced accuracy of every rule on the null latents; NaN on its own."""
     dealt: Detection
     """Each rule on the latent that it was dealt to; entry i is about rule i."""
-    examples: Examples | None
-    windows: Windows | None
+
+
+class TestedBlock(NamedTuple):
+    """What the pass leaves of a block."""
+
+    tested: Tested
+    examples: Examples
     """Counter-examples, from held-out documents."""
+    windows: Windows
     holes: list[NDArray[np.int64]]
     """Of each latent, held-out token rows on which its rule holds and it is silent; at most `_MOST_HOLES` of them."""
 
@@ -70,7 +78,7 @@ class Testing:
         neighbours: `[d_sae, k]` latents with the most similar decoder rows.
         strong: activation from which a firing of each latent counts as strong.
         dealt_to: latent on which each rule is tried as a wrong one; -1 = none.
-        null_latents: random latents on which every rule is tried.
+        null_latents: random latents on which every rule is tried; each fires on held-out tokens.
         """
         table = views.table
         self._views, self._rules, self._firings, self._settings = views, rules, firings, settings
@@ -84,7 +92,10 @@ class Testing:
         self._document, self.n_documents = of_row.reshape(-1), len(documents)
         self._tokens = np.bincount(self._document, minlength=self.n_documents)
         self._where = self._at[firings.row]
-        self._null_where = [self._of(i) for i in null_latents.tolist()]
+        found = [self._of(i) for i in null_latents.tolist()]
+        self._null_size = np.array([len(where) for where in found], np.int64)
+        self._null_start = np.cumsum(self._null_size) - self._null_size
+        self._null_where = np.concatenate([*found, np.zeros(0, np.int64)])
         self._pool = np.flatnonzero(firings.n_firings > 0)
         self._drawn = self._draw_windows()
 
@@ -95,7 +106,7 @@ class Testing:
         tpr_strong = np.full(n, np.nan)
         null = np.full((n, len(self._null)), np.nan, np.float32)
         ranks = Ranks(*(np.zeros(n, np.int32) for _ in range(4)))
-        examples: list[tuple[int, int, int, int, float]] = []
+        examples: list[_Shown] = []
         parts: list[LabelScores] = []
         holes = [np.zeros(0, np.int64) for _ in range(n)]
         for start in range(lo, hi, _TOGETHER):
@@ -128,10 +139,13 @@ class Testing:
                     strong = value >= self._strong[latent]
                     if strong.any():
                         tpr_strong[i] = says[here[strong]].mean()
-                    examples += self._counter_examples(i, latent, says, score, here, value)
+                    missed = np.flatnonzero(~says[here])
                     silent = says.copy()
                     silent[here] = False
-                    holes[i] = self._rows[np.flatnonzero(silent)[:_MOST_HOLES]]
+                    wrong = np.flatnonzero(silent)
+                    holes[i] = self._rows[wrong[:_MOST_HOLES]]
+                    examples += self._misses(i, here[missed], value[missed])
+                    examples += self._false_alarms(i, latent, wrong, score[wrong])
                 null[i] = self._on_null(latent, says)
                 self._rank(i, latent, says, here, ranks)
                 victim = int(self._dealt_to[latent])
@@ -145,13 +159,16 @@ class Testing:
         natural = detection(counts["hit"], counts["fire"], counts["say"], self._tokens)
         dealt = detection(counts["dealt hit"], counts["dealt fire"], counts["say"], self._tokens)
         found = _as_examples(examples)
-        return TestedBlock(
+        tested = Tested(
             _only(natural, has_rule),
             tpr_strong,
-            _only_scores(join_scores(parts), has_rule),
+            _only_scores(_join_scores(parts), has_rule),
             ranks,
             null,
             _only(dealt, has_rule & (self._dealt_to[lo:hi] >= 0)),
+        )
+        return TestedBlock(
+            tested,
             found,
             cut_windows(found, self._firings.take(np.arange(lo, hi)), self._views.table, self._settings.window),
             holes,
@@ -168,13 +185,14 @@ class Testing:
         return np.bincount(self._document[where], minlength=self.n_documents)
 
     def _on_null(self, latent: int, says: NDArray[np.bool_]) -> NDArray[np.float32]:
+        if not len(self._null):
+            return np.zeros(0, np.float32)
         n_said, n = int(says.sum()), len(says)
-        result = np.full(len(self._null), np.nan, np.float32)
-        for j, where in enumerate(self._null_where):
-            if self._null[j] != latent and 0 < len(where) < n:
-                hits = int(says[where].sum())
-                result[j] = (hits / len(where) + 1 - (n_said - hits) / (n - len(where))) / 2
-        return result
+        hits = np.add.reduceat(says[self._null_where].astype(np.int64), self._null_start)
+        silent = n - self._null_size
+        fpr = np.divide(n_said - hits, silent, out=np.full(len(hits), np.nan), where=silent > 0)
+        found = (hits / self._null_size + 1 - fpr) / 2
+        return np.where(self._null == latent, np.nan, found).astype(np.float32)
 
     def _draw_windows(self) -> list[NDArray[np.int64]]:
         """Of each latent some firings, the same whoever is compared with it."""
@@ -200,30 +218,19 @@ class Testing:
             count[i] = len(others)
             rank[i] = 1 + int((shares >= own).sum())
 
-    def _counter_examples(
-        self,
-        i: int,
-        latent: int,
-        says: NDArray[np.bool_],
-        score: NDArray[np.float32],
-        here: NDArray[np.int64],
-        value: NDArray[np.float32],
-    ) -> list[tuple[int, int, int, int, float]]:
-        """The strongest firings that the rule misses, and silent tokens of which it is surest."""
-        n = self._settings.n_counter_examples
-        missed = np.flatnonzero(~says[here])
-        missed = missed[np.argsort(-value[missed], kind="stable")][:n]
-        false = says.copy()
-        false[here] = False
-        wrong = np.flatnonzero(false)
-        rng = np.random.default_rng([self._seed, 5, latent])
-        wrong = rng.permutation(wrong)
-        wrong = wrong[np.argsort(-score[wrong], kind="stable")][:n]
-        found = [(i, MISS, k, int(self._rows[here[m]]), float(value[m])) for k, m in enumerate(missed.tolist())]
-        return found + [(i, FALSE_ALARM, k, int(self._rows[w]), 0.0) for k, w in enumerate(wrong.tolist())]
+    def _misses(self, i: int, where: NDArray[np.int64], value: NDArray[np.float32]) -> list[_Shown]:
+        """The strongest firings on which the rule does not hold."""
+        strongest = np.argsort(-value, kind="stable")[: self._settings.n_counter_examples]
+        return [(i, MISS, k, int(self._rows[where[at]]), float(value[at])) for k, at in enumerate(strongest.tolist())]
+
+    def _false_alarms(self, i: int, latent: int, where: NDArray[np.int64], score: NDArray[np.float32]) -> list[_Shown]:
+        """Silent tokens of which the rule is surest, drawn at random among equals."""
+        order = np.random.default_rng([self._seed, 5, latent]).permutation(len(where))
+        surest = order[np.argsort(-score[order], kind="stable")][: self._settings.n_counter_examples]
+        return [(i, FALSE_ALARM, k, int(self._rows[where[at]]), 0.0) for k, at in enumerate(surest.tolist())]
 
 
-def _as_examples(found: list[tuple[int, int, int, int, float]]) -> Examples:
+def _as_examples(found: list[_Shown]) -> Examples:
     def column(k: int, kind: type[np.generic]) -> NDArray[Any]:
         return np.array([each[k] for each in found], kind)
 
@@ -257,18 +264,29 @@ def _only_scores(found: LabelScores, has_rule: NDArray[np.bool_]) -> LabelScores
 T = TypeVar("T", bound=tuple[Any, ...])
 
 
-def join(parts: Sequence[T]) -> T:
+def _join(parts: Sequence[T]) -> T:
     """Named tuples of arrays, an entry per latent, of consecutive latents as one of all of them."""
     return type(parts[0])(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
-def join_scores(parts: Sequence[LabelScores]) -> LabelScores:
-    """The same for scores."""
+def _join_scores(parts: Sequence[LabelScores]) -> LabelScores:
     return LabelScores(
-        join([p.tpr for p in parts]),
+        _join([p.tpr for p in parts]),
         np.concatenate([p.tpr_by_decile for p in parts]),
-        {kind: join([p.by_kind[kind] for p in parts]) for kind in parts[0].by_kind},
-        join([p.precision for p in parts]),
+        {kind: _join([p.by_kind[kind] for p in parts]) for kind in parts[0].by_kind},
+        _join([p.precision for p in parts]),
         np.concatenate([p.n_positive for p in parts]),
         np.concatenate([p.n_failed for p in parts]),
+    )
+
+
+def join_tested(parts: Sequence[Tested]) -> Tested:
+    """The tests of consecutive blocks as those of one dictionary."""
+    return Tested(
+        _join([p.natural for p in parts]),
+        np.concatenate([p.tpr_strong for p in parts]),
+        _join_scores([p.scores for p in parts]),
+        _join([p.ranks for p in parts]),
+        np.concatenate([p.null for p in parts]),
+        _join([p.dealt for p in parts]),
     )

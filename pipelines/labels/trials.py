@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.labels.firings import Firings, block_ranges
+from pipelines.labels.firings import Firings, block_ranges, join_firings
 from pipelines.labels.testset import N_DECILES, NEGATIVES, Exam, SplitIndex, draw_test_set
 from storage import LatentStore
 
@@ -54,12 +54,7 @@ def heldout_firings(latents: LatentStore, index: SplitIndex, max_firings: int = 
     for lo, hi in block_ranges(latents.counts(), max_firings, latents.d_sae):
         block = latents.block(lo, hi)
         parts.append(Firings(block.indptr, block.row, block.value).where(held[block.row]))
-    n_firings = np.concatenate([part.n_firings for part in parts])
-    return Firings(
-        np.concatenate([np.zeros(1, np.int64), np.cumsum(n_firings, dtype=np.int64)]),
-        np.concatenate([part.row for part in parts]),
-        np.concatenate([part.value for part in parts]),
-    )
+    return join_firings(parts)
 
 
 def draw_trials(

@@ -10,7 +10,8 @@ from pipelines.audit.numbers import figure
 if TYPE_CHECKING:
     from pipelines.audit.causal.family import Finding, Measured
 
-UNTOUCHED = "o latent was switched off"
+UNTOUCHED = "No latent was switched off: association, not cause."
+"""The limit of every audit without causal tests."""
 
 
 class _Record(BaseModel):
@@ -75,6 +76,8 @@ class Causal(_Record):
     n_controls: int
     """Of each of the two kinds, for each test."""
     alpha: float
+    neutral_reused: bool
+    """Whether neutral prompts may begin documents that the audit read as negatives."""
     findings: list[CausalFinding]
 
 
@@ -144,7 +147,7 @@ def with_causal(found: Mapping[str, Any], causal: Causal) -> dict[str, Any]:
                 "high": top.high,
             }
         )
-    limits = [limit for limit in found["limits"] if UNTOUCHED not in limit]
+    limits = [limit for limit in found["limits"] if limit != UNTOUCHED]
     return {**found, "candidates": candidates, "verdict": verdict, "limits": [*_limits(causal), *limits]}
 
 
@@ -165,5 +168,9 @@ def _limits(causal: Causal) -> list[str]:
         out.append(
             "Causal tests used positives of the confirm part, as there were too few others: their texts were "
             "seen before."
+        )
+    if causal.neutral_reused:
+        out.append(
+            "Some neutral prompts may begin documents that were negatives of the audit: there were too few others."
         )
     return out

@@ -54,6 +54,8 @@ N_FIT = 48
 """Texts of each class behind a probe and the unit of doses."""
 N_VALUES = 64_000_000
 """Latent activations of the corpus that are held at once."""
+N_SORTED = 512
+"""Latents whose activations are sorted at once."""
 
 
 class _Chosen(NamedTuple):
@@ -115,6 +117,7 @@ def causal(config: RunConfig, run: RunDir, ui: Reporter, concepts: Sequence[Conc
             n_tests=budget.n_tests,
             n_controls=budget.n_controls,
             alpha=settings.alpha,
+            neutral_reused=family.neutral_reused,
             findings=[
                 record_of(
                     finding,
@@ -210,8 +213,6 @@ class _Family:
         self._n = self._options.n_prompts * (4 if self._options.thorough else 1)
         self._documents()
         self.prompts = {name: self._prompts(name) for name in results if any(one.concept == name for one in chosen)}
-        for name in results.keys() - self.prompts.keys():
-            self.prompts[name] = next(iter(self.prompts.values()))  # has no finding
         self._outcomes = {name: self._outcome(name) for name in {one.concept for one in chosen}}
         self._positive = {name: self._bench(self.prompts[name].positive) for name in self._outcomes}
         self._fit = {name: self._bench(self.prompts[name].fit_positive) for name in self._outcomes}
@@ -234,7 +235,8 @@ class _Family:
         order = np.random.default_rng([self._config.seed, 1]).permutation(rows)
         self._unused = [int(row) for row in order if str(row) not in used]
         neutral = [self._text[row] for row in self._unused if self._topic[row] not in topics]
-        if len(neutral) < self._n + N_TUNE:  # small corpora: documents that were negatives of an audit serve too
+        self.neutral_reused = len(neutral) < self._n + N_TUNE
+        if self.neutral_reused:  # small corpora: documents that were negatives of an audit serve too
             neutral += [
                 self._text[int(row)] for row in order if str(row) in used and self._topic[int(row)] not in topics
             ]
@@ -305,11 +307,11 @@ class _Family:
         x = self._store.activations(self.dictionary.required_hook_name, start, start + n).float()
         x = x[:, 1:].reshape(-1, x.shape[-1])
         latents = torch.cat([self.dictionary.encode(part) for part in torch.split(x, 2048)])
-        fires = latents > 0
-        count = fires.sum(0)
-        ordered = latents.sort(dim=0, descending=True).values
-        at = (0.01 * count).long()
-        return (count / len(x)).double().numpy(), ordered.gather(0, at[None])[0].double().numpy()
+        count = (latents > 0).sum(0)
+        at = (0.01 * count).long()[None]
+        parts = zip(torch.split(latents, N_SORTED, dim=1), torch.split(at, N_SORTED, dim=1), strict=True)
+        strong = [part.sort(dim=0, descending=True).values.gather(0, rank)[0] for part, rank in parts]
+        return (count / len(x)).double().numpy(), torch.cat(strong).double().numpy()
 
     def _case(self, one: _Chosen) -> Case:
         result = self._results[one.concept]

@@ -22,7 +22,7 @@ def random_firings(table, n_latents=6, seed=1):
 
 def select(firings, table, seed=0, **kw):
     options = {"n_top": 10, "n_quantiles": 5, "n_per_quantile": 2} | kw
-    return select_examples(firings, order_by_strength(firings), table.document, np.random.default_rng(seed), **options)
+    return select_examples(firings, order_by_strength(firings), table.document, seed, **options)
 
 
 def test_order_by_strength_sorts_each_latent_from_strong_to_weak(table):

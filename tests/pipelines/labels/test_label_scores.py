@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from pipelines.labels.scores import clustered_rate, detection, graded_auroc, mismatch_p, wilson_interval
+from pipelines.labels.scores import clustered_rate, detection, mismatch_p, wilson_interval
 
 
 def counts(*rows):
@@ -104,30 +104,6 @@ def test_balanced_accuracy_lower_bound_rarely_exceeds_chance_when_there_is_nothi
     hits = rng.binomial(firing, share)
     predicted = hits + rng.binomial(tokens[None] - firing, share)
     assert np.mean(detection(hits, firing, predicted, tokens).low > 0.5) <= 0.04
-
-
-def test_auroc_agrees_with_comparing_every_pair():
-    rng = np.random.default_rng(0)
-    code = rng.integers(0, 6, 400)
-    firing = rng.random(400) < np.array([0.8, 0.3, 0.3, 0.1, 0.05, 0.05])[code]
-    rate = np.array([0.9, 0.4, 0.4], np.float32)  # categories 1 and 2 tie
-    score = np.where(code < 3, np.append(rate, [0, 0, 0])[code], 0)
-    pairs = np.sign(score[firing][:, None] - score[~firing][None]) / 2 + 0.5
-    found = graded_auroc(
-        np.array([0, 0, 3]),
-        np.array([(firing & (code == c)).sum() for c in range(3)]),
-        np.array([(code == c).sum() for c in range(3)]),
-        rate,
-        np.array([firing.sum(), firing.sum()]),
-        400,
-    )
-    assert found[0] == 0.5  # an empty label ties everywhere
-    assert found[1] == pytest.approx(pairs.mean())
-
-
-def test_auroc_is_undefined_with_one_class():
-    args = np.array([0, 1]), np.array([0]), np.array([4]), np.ones(1, np.float32)
-    assert np.isnan(graded_auroc(*args, np.array([0]), 10)[0])
 
 
 def test_mismatch_p_counts_others_that_fit_as_well():

@@ -166,6 +166,8 @@ def test_results_do_not_depend_on_the_blocks(planted, table, tmp_path):
     _, rows, _, columns, _ = planted
     _, again = run(table, columns, tmp_path, max_firings_per_block=1500)
     assert again == rows
+    for name in ("examples.parquet", "counter_examples.parquet"):
+        assert pq.read_table(tmp_path / name).equals(pq.read_table(planted[4] / name)), name
 
 
 def test_same_seed_same_bytes(planted, table, tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.audit.causal.records import Causal, with_causal
+from pipelines.audit.causal.records import UNTOUCHED, Causal, with_causal
 from pipelines.audit.causal.stage import choose
 from pipelines.audit.result import load_result
 from pipelines.audit.run import audit
@@ -55,7 +55,7 @@ def test_a_run_gets_its_causal_verdicts_resumes_and_verifies(run):
         assert all(t.p <= t.p_holm for t in finding.tests)
     for folder in sorted(out.glob("audit/*")):
         assert verify_audit(folder).problems == []
-        assert not any("o latent was switched off" in limit for limit in load_result(folder / "audit.json").limits)
+        assert not any(limit == UNTOUCHED for limit in load_result(folder / "audit.json").limits)
     for folder in out.glob("audit/*"):  # the audits themselves were not made again
         assert load_result(folder / "audit.json").created == before[folder.name].created
 
@@ -102,6 +102,7 @@ def test_only_a_robust_latent_reaches_the_causal_rung(finished):
         "verdict": "causal",
     }
     record = {"manifest_sha256": "x", "n_tests": 2, "n_controls": 39, "alpha": 0.05, "findings": [finding]}
+    record["neutral_reused"] = True
     for claim, verdict, expected in (
         ("robust", "causal", "causal"),
         ("robust", "disruption", "robust"),
@@ -112,3 +113,6 @@ def test_only_a_robust_latent_reaches_the_causal_rung(finished):
         changed = with_causal(figures, Causal.model_validate(record))
         assert changed["candidates"][0].claim == expected
         assert (changed["verdict"].level == "causal") == (expected == "causal")
+        assert UNTOUCHED in result.limits
+        assert UNTOUCHED not in changed["limits"]
+        assert any("neutral prompts" in limit for limit in changed["limits"])
